@@ -1,0 +1,108 @@
+"""Blob files on the disk before the transaction that names them.
+
+ZODB fsyncs its own file and never those of blobs, nor their folders, so that a power failure
+could leave a committed message without its body.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transaction.interfaces import ISavepointDataManager
+from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from ZODB.blob import Blob
+
+__all__ = ["BlobDurability", "sync_folder"]
+
+
+def sync_folder(path: str) -> None:
+    """Have the entries of a folder written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _KeepWatching:
+    """A savepoint of ours: a blob that is rolled back has no file, and is passed over."""
+
+    def rollback(self) -> None:
+        """See ``IDataManagerSavepoint``."""
+
+
+@implementer(ISavepointDataManager)
+class BlobDurability:
+    """Joins a transaction that makes blobs, and votes for it when they are on the disk.
+
+    Its vote comes after the database has put the blob files into their places and before anything
+    is committed; an error there (EIO, ENOSPC) aborts the transaction.  Storages that keep blobs
+    elsewhere than in a folder of this machine look after them themselves.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        """Watch over new blobs of this connection."""
+        self.transaction_manager = connection.transaction_manager
+        self._helper = getattr(connection.db().storage, "fshelper", None)
+        self._blobs: list[Blob] = []
+
+    def watch(self, blob: Blob) -> None:
+        """Take care of one new blob."""
+        self._blobs.append(blob)
+
+    def sortKey(self) -> str:
+        """Sort behind the database's own data managers."""
+        return "~postoffice.blobs"
+
+    def savepoint(self) -> _KeepWatching:
+        """See ``ISavepointDataManager``."""
+        return _KeepWatching()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        """See ``IDataManager``; there is nothing to do."""
+
+    def commit(self, transaction: Any) -> None:
+        """See ``IDataManager``; there is nothing to do before the vote."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        """Write each blob's file, and the folders that lead to it."""
+        if self._helper is None:
+            return
+        base = os.path.normpath(self._helper.base_dir)
+        folders: set[str] = set()
+        for blob in self._blobs:
+            if blob._p_oid is None:
+                continue
+            folder = os.path.normpath(self._helper.getPathForOID(blob._p_oid))
+            if not os.path.isdir(folder):
+                continue
+            for name in os.listdir(folder):
+                if name.endswith(".blob"):
+                    _sync_file(os.path.join(folder, name))
+            while folder not in folders and len(folder) > len(base):
+                folders.add(folder)
+                folder = os.path.dirname(folder)
+            folders.add(base)
+        for folder in folders:
+            sync_folder(folder)
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """See ``IDataManager``; all was done at the vote."""
+        self._blobs.clear()
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """See ``IDataManager``; the database removes the files."""
+        self._blobs.clear()
+
+    abort = tpc_abort
+
+
+def _sync_file(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""The entry: what the depot knows of one message for one queue, apart from its body."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from persistent import Persistent
+from ZODB.blob import Blob
+
+from postoffice.interfaces import Event, IEventSink
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["DISCARDED", "DONE", "QUARANTINED", "QUEUED", "Body", "Entry", "ErrorText"]
+
+QUEUED = "queued"
+QUARANTINED = "quarantined"
+DONE = "done"
+DISCARDED = "discarded"
+
+
+class ErrorText(NamedTuple):
+    """What is kept of an application's error: text, never frames.
+
+    A tuple like the one of ``sys.exc_info()``, with the texts in the places of the objects.
+    """
+
+    type: str
+    message: str
+    traceback: str
+
+
+class Body(Persistent):
+    """The raw bytes of one message that is small enough for a record of its own."""
+
+    def __init__(self, raw: bytes) -> None:
+        """Keep `raw`, the bytes as they arrived."""
+        self.raw = raw
+
+
+class Entry(Persistent):
+    """One message in one queue: a small record; listings read entries and never bodies.
+
+    Attributes that still have the value given here are not stored.
+
+    :ivar id: the message's id for life, unique in the depot.
+    :ivar position: the place in the queue; a requeued message gets a new one.  An entry that is
+        found at another position than this is a leftover of an earlier place.
+    :ivar arrived: arrival, in nanoseconds since the epoch.
+    :ivar way: the way in: ``maildir``, ``application``...
+    :ivar source: the Maildir file's name, or what names the message where it came from.
+    :ivar sender: envelope sender; ``""`` is the null reverse-path, ``None`` unknown.
+    :ivar recipients: envelope recipients; empty when unknown.
+    :ivar mta_queue_id: the id in the MTA's own queue, or ``""``.
+    :ivar size: bytes of the message as it arrived.
+    :ivar digest: sha256 of the raw bytes that are stored.
+    :ivar header_from: the From header, cut to 200 characters; likewise the next three.
+    :ivar reason: the stable name of the reason why it is in this queue.
+    :ivar trail: the rules asked and what they answered, in order.
+    :ivar marks: values of ``X-Postoffice-Rejected``.
+    :ivar state: :data:`QUEUED`, :data:`QUARANTINED`, :data:`DONE` or :data:`DISCARDED`.
+    :ivar changed: when the state last changed, in nanoseconds since the epoch.
+    :ivar not_before: not to be taken before this time, in nanoseconds since the epoch.
+    :ivar attempts: how often an application took it and failed.
+    :ivar last_error: the texts of the last error, or ``None``.
+    :ivar archive: where the original is, relative to the archive's folder, or ``""``.
+    :ivar extra: whatever a later release keeps here, or ``None``.
+    :ivar body: the :class:`Body`, or a ``ZODB.blob.Blob`` for a large message.
+    """
+
+    id: int
+    position: int
+    arrived: int
+    way = ""
+    source = ""
+    sender: str | None = None
+    recipients: tuple[str, ...] = ()
+    mta_queue_id = ""
+    size: int
+    digest: bytes
+    header_from = ""
+    header_to = ""
+    subject = ""
+    message_id = ""
+    reason = ""
+    trail: tuple[tuple[str, str, str | None], ...] = ()
+    marks: tuple[str, ...] = ()
+    state = QUEUED
+    changed = 0
+    not_before = 0
+    attempts = 0
+    last_error: tuple[str, str, str] | None = None
+    archive = ""
+    oversize = False
+    extra: dict[str, Any] | None = None
+    body: Body | Blob
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Make a queued entry of these attributes."""
+        self.__dict__.update(values)
+
+    def change(
+        self, state: str, kind: str, reason: str, now_ns: int, sink: IEventSink | None
+    ) -> None:
+        """Move to another state; every change of state in the depot goes through here.
+
+        :param kind: the event's kind, one of :data:`postoffice.interfaces.EVENT_KINDS`.
+        :param sink: is handed the event, in the same transaction.
+        """
+        self.state = state
+        self.changed = now_ns
+        if sink is not None:
+            sink.record(Event(self.id, now_ns, kind, reason))
+
+    def fail(self, error: ErrorText) -> None:
+        """Count a failed attempt and keep its error."""
+        self.attempts += 1
+        self.last_error = tuple(error)
+
+    def read_raw(self) -> bytes:
+        """Return the bytes that are stored.
+
+        :raises ZODB.POSException.POSKeyError: the body is not in the database.
+        """
+        body = self.body
+        if isinstance(body, Blob):
+            with body.open("r") as file:
+                return bytes(file.read())
+        raw = body.raw
+        # The bytes are with the caller now; kept here too they would fill the cache.
+        body._p_deactivate()
+        return raw
+
+    def open_raw(self) -> int:
+        """Return a file descriptor of a large body, to be closed by the caller.
+
+        It goes on reading when the connection is closed and even when the database is packed.
+        """
+        body = self.body
+        assert isinstance(body, Blob)
+        with body.open("r") as file:
+            return os.dup(file.fileno())

@@ -1,0 +1,333 @@
+"""Histories: what came to a queue lately, to know duplicates and loops by.
+
+A history is a log of short records of one width, in slots of time.  A slot holds chunks of at most
+:data:`CHUNK_BYTES`; each producer appends to chunks of its own, so that producers do not meet.  A
+slot that is too old is dropped as a whole, unread.  Looking up is done in memory, by an index that
+reads what was appended since it last looked: it costs the same however long the history is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from BTrees.Length import Length
+from BTrees.LOBTree import LOBTree
+from BTrees.OOBTree import OOBTree
+from persistent import Persistent
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DUPLICATE_SECONDS",
+    "Arrivals",
+    "ArrivalIndex",
+    "Chunk",
+    "DuplicateIndex",
+    "HistoryLog",
+    "Throttles",
+]
+
+log = logging.getLogger("postoffice")
+
+CHUNK_BYTES = 16 * 1024
+DUPLICATE_SECONDS = 24 * 60 * 60
+DUPLICATE_WIDTH = 16 + 4
+ARRIVAL_WIDTH = 16 + 8 + 8
+MAX_TIMES = 256
+
+_LANE_BITS = 40
+_SENTINEL = 0
+
+
+class Chunk(Persistent):
+    """Records of one producer in one slot, one behind the other."""
+
+    def __init__(self) -> None:
+        """Make an empty chunk."""
+        self.data = b""
+
+
+class HistoryLog(Persistent):
+    """A log of records of one width that forgets by whole slots of time.
+
+    :ivar width: bytes of a record.
+    :ivar slot_seconds: length of a slot.
+    :ivar limit: about the most records kept; beyond it the oldest slots go early.
+    """
+
+    def __init__(self, width: int, slot_seconds: int, limit: int) -> None:
+        """Make an empty log."""
+        self.width = width
+        self.slot_seconds = slot_seconds
+        self.limit = limit
+        self.slots = LOBTree({_SENTINEL: None})
+        self.length = Length()
+
+    def __len__(self) -> int:
+        """Return how many records are kept."""
+        return int(self.length())
+
+    def slot_at(self, seconds: int) -> int:
+        """Return the number of the slot that this time falls in."""
+        return max(1, seconds // self.slot_seconds)
+
+    def append(self, record: bytes, seconds: int, lane: int, keep: int) -> tuple[Chunk, int]:
+        """Append a record; return the chunk that it went to and its place there.
+
+        :param seconds: the time now, in seconds since the epoch; it chooses the slot.
+        :param lane: the number of the producer's lane.
+        :param keep: how long records matter, in seconds; slots older than that are dropped.
+        """
+        number = self.slot_at(seconds)
+        chunks = self.slots.get(number)
+        if chunks is None:
+            self._expire(seconds - keep)
+            chunks = self.slots[number] = LOBTree({_SENTINEL: None})
+        first, last = lane + 1 << _LANE_BITS, (lane + 2 << _LANE_BITS) - 1
+        try:
+            key = chunks.maxKey(last)
+        except ValueError:
+            key = _SENTINEL
+        chunk: Chunk | None = chunks[key] if key >= first else None
+        if chunk is None or len(chunk.data) + self.width > CHUNK_BYTES:
+            chunk = chunks[key + 1 if key >= first else first] = Chunk()
+        offset = len(chunk.data)
+        chunk.data += record
+        self.length.change(1)
+        return chunk, offset
+
+    def _expire(self, before: int) -> None:
+        for number in list(self.slots.keys(_SENTINEL + 1)):
+            ended = (number + 1) * self.slot_seconds <= before
+            if not ended and len(self) <= self.limit:
+                break
+            size = sum(len(chunk.data) for _, chunk in self.chunks(number)) // self.width
+            if not ended:
+                log.warning("history: over %d records, %d of the oldest go early", self.limit, size)
+            del self.slots[number]
+            self.length.change(-size)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the slots that there are, oldest first."""
+        return list(self.slots.keys(_SENTINEL + 1))
+
+    def chunks(self, number: int) -> Iterator[tuple[int, Chunk]]:
+        """Iterate over the keys and chunks of one slot."""
+        tree = self.slots.get(number)
+        if tree is not None:
+            yield from tree.items(_SENTINEL + 1)
+
+    def tails(self, number: int, lanes: int) -> Iterator[tuple[int, Chunk]]:
+        """Iterate over the keys and chunks of one slot that can still grow: one a lane."""
+        tree = self.slots.get(number)
+        if tree is not None:
+            for lane in range(lanes):
+                try:
+                    key = tree.maxKey((lane + 2 << _LANE_BITS) - 1)
+                except ValueError:
+                    continue
+                if key >= lane + 1 << _LANE_BITS:
+                    yield key, tree[key]
+
+
+class _Index:
+    """What a log holds, in memory: follows the log at each transaction's start.
+
+    Belongs to the connection of the log.
+    """
+
+    def __init__(self, history: HistoryLog, lanes: int) -> None:
+        self.history = history
+        self.lanes = lanes
+        self._read: dict[int, dict[int, int]] = {}
+        self._pending: dict[bytes, list[tuple[Chunk, int]]] = {}
+
+    def begin(self) -> None:
+        """Take in what was committed since the last call; forget what was not.
+
+        To be called once at the start of each transaction that uses the index.
+        """
+        self._pending.clear()
+        numbers = self.history.numbers()
+        for number in [known for known in self._read if known not in set(numbers)]:
+            del self._read[number]
+            self._forget(number)
+        for number in numbers:
+            read = self._read.get(number)
+            if read is None:
+                self._read[number] = read = {}
+                grown: Iterator[tuple[int, Chunk]] = self.history.chunks(number)
+            elif number >= numbers[-1] - 1:
+                grown = self._grown(number, read)
+            else:
+                continue
+            for key, chunk in grown:
+                done = read.get(key, 0)
+                data = chunk.data
+                if len(data) > done:
+                    self._take(number, data[done:] if done else data)
+                    read[key] = len(data)
+                if len(data) + self.history.width > CHUNK_BYTES:
+                    chunk._p_deactivate()
+
+    def _grown(self, number: int, read: dict[int, int]) -> Iterator[tuple[int, Chunk]]:
+        full = CHUNK_BYTES - self.history.width
+        for tail, _ in self.history.tails(number, self.lanes):
+            key = tail
+            while key not in read or (read[key] <= full and key == tail):
+                chunk = self.history.slots[number].get(key)
+                if chunk is None:
+                    break
+                yield key, chunk
+                key -= 1
+            if key != tail and key in read and read[key] <= full:
+                yield key, self.history.slots[number][key]
+
+    def _remember(self, key: bytes, chunk: Chunk, offset: int) -> None:
+        self._pending.setdefault(key, []).append((chunk, offset))
+
+    def _pended(self, key: bytes, record: slice) -> Iterator[bytes]:
+        """Records added in this transaction that no rollback to a savepoint has undone."""
+        for chunk, offset in self._pending.get(key, ()):
+            data = chunk.data[offset : offset + self.history.width]
+            if data[: len(key)] == key:
+                yield data[record]
+
+    def _take(self, number: int, data: bytes) -> None:
+        raise NotImplementedError  # abstract: each index reads records of its own
+
+    def _forget(self, number: int) -> None:
+        raise NotImplementedError  # abstract, like _take
+
+
+class DuplicateIndex(_Index):
+    """Which messages, by a digest of 16 bytes, came within 24 hours."""
+
+    def __init__(self, history: HistoryLog, lanes: int) -> None:
+        """Index this log."""
+        super().__init__(history, lanes)
+        self._seen: dict[bytes, int] = {}
+
+    def seen(self, digest: bytes, seconds: int) -> bool:
+        """Tell whether this digest was added within the 24 hours before this time."""
+        when = self._seen.get(digest)
+        if when is not None and seconds - when < DUPLICATE_SECONDS:
+            return True
+        return next(self._pended(digest, slice(16, 20)), None) is not None
+
+    def add(self, digest: bytes, seconds: int, lane: int) -> None:
+        """Remember a digest; undone when the transaction aborts."""
+        record = digest + seconds.to_bytes(4, "big")
+        self._remember(
+            digest, *self.history.append(record, seconds, lane, keep=DUPLICATE_SECONDS)
+        )
+
+    def _take(self, number: int, data: bytes) -> None:
+        seen = self._seen
+        last, when = b"", 0
+        for start in range(0, len(data), DUPLICATE_WIDTH):
+            stamp = data[start + 16 : start + 20]
+            if stamp != last:
+                last, when = stamp, int.from_bytes(stamp, "big")
+            seen[data[start : start + 16]] = when
+
+    def _forget(self, number: int) -> None:
+        slot_at = self.history.slot_at
+        self._seen = {
+            digest: when for digest, when in self._seen.items() if slot_at(when) != number
+        }
+
+
+class ArrivalIndex(_Index):
+    """When the last messages of each sender came."""
+
+    def __init__(self, history: HistoryLog, lanes: int) -> None:
+        """Index this log."""
+        super().__init__(history, lanes)
+        self._times: defaultdict[bytes, list[int]] = defaultdict(list)
+
+    def times(self, sender: bytes, values: bytes | None) -> list[int]:
+        """Return the last arrivals of a sender, in nanoseconds since the epoch, oldest first.
+
+        :param sender: digest of the sender, 16 bytes.
+        :param values: digest of the header values that must agree, 8 bytes; ``None`` for any.
+        """
+        if values is None:
+            found = list(self._times.get(sender, ()))
+            pended = list(self._pended(sender, slice(24, 32)))
+        else:
+            found = list(self._times.get(sender + values, ()))
+            pended = [
+                data[8:] for data in self._pended(sender, slice(16, 32)) if data[:8] == values
+            ]
+        found += [int.from_bytes(data, "big") for data in pended]
+        found.sort()
+        return found
+
+    def add(
+        self, sender: bytes, values: bytes, arrived: int, seconds: int, lane: int, keep: int
+    ) -> None:
+        """Remember an arrival; undone when the transaction aborts.
+
+        :param arrived: nanoseconds since the epoch.
+        :param seconds: the time now, in seconds since the epoch.
+        :param keep: how long arrivals matter, in seconds.
+        """
+        record = sender + values + arrived.to_bytes(8, "big")
+        self._remember(sender, *self.history.append(record, seconds, lane, keep))
+
+    def _take(self, number: int, data: bytes) -> None:
+        for start in range(0, len(data), ARRIVAL_WIDTH):
+            arrived = int.from_bytes(data[start + 24 : start + 32], "big")
+            for key in (data[start : start + 16], data[start : start + 24]):
+                times = self._times[key]
+                times.append(arrived)
+                if len(times) > MAX_TIMES:
+                    del times[: MAX_TIMES // 2]
+
+    def _forget(self, number: int) -> None:
+        # The slots that are left are few and bounded, so reading them again is cheap.
+        self._times.clear()
+        self._read.clear()
+
+
+class Arrivals(HistoryLog):
+    """The log of arrivals, for loop detection."""
+
+    def __init__(self) -> None:
+        """Make an empty log."""
+        super().__init__(ARRIVAL_WIDTH, slot_seconds=600, limit=200_000)
+
+
+class Throttles(Persistent):
+    """Which senders are throttled until when; at most :attr:`limit` of them."""
+
+    limit = 10_000
+
+    def __init__(self) -> None:
+        """Make an empty table."""
+        self._until = OOBTree()
+        self._expiry = LOBTree()
+
+    def put(self, key: bytes, until: int, now: int) -> None:
+        """Throttle until a time; times are nanoseconds since the epoch."""
+        self.remove(key)
+        expiry = self._expiry
+        while expiry and (expiry.minKey() <= now or len(self._until) >= self.limit):
+            self._until.pop(expiry.pop(expiry.minKey()), None)
+        while until in expiry:
+            until += 1
+        self._until[key] = until
+        expiry[until] = key
+
+    def until(self, key: bytes) -> int:
+        """Return the end of the sender's throttle, or 0."""
+        return int(self._until.get(key, 0))
+
+    def remove(self, key: bytes) -> None:
+        """End a sender's throttle."""
+        until: Any = self._until.pop(key, None)
+        if until is not None:
+            self._expiry.pop(until, None)

@@ -1,0 +1,45 @@
+"""Fingerprints: what makes two messages the same, and two senders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from postoffice.message import Message
+
+__all__ = ["duplicate_digest", "raw_digest", "sender_digest", "values_digest"]
+
+
+def raw_digest(raw: bytes | memoryview) -> bytes:
+    """Return the sha256 of raw bytes."""
+    return hashlib.sha256(raw).digest()
+
+
+def duplicate_digest(message: Message) -> bytes:
+    """Return 16 bytes that agree for messages that are duplicates of each other, and only then.
+
+    Duplicates have the same Message-ID, the same original recipient (of the envelope where that is
+    known, else of the topmost X-Original-To or Delivered-To) and the same body.
+    """
+    envelope = message.envelope
+    recipients: Sequence[str] = envelope.recipients if envelope is not None else ()
+    if not recipients:
+        recipients = message.addresses("X-Original-To") or message.addresses("Delivered-To")
+    identity = "\0".join([message.message_id, *(name.lower() for name in recipients)])
+    digest = hashlib.sha256(message.body_view)
+    digest.update(b"\0")
+    digest.update(identity.encode("utf-8", "surrogatepass"))
+    return digest.digest()[:16]
+
+
+def sender_digest(user: str) -> bytes:
+    """Return 16 bytes that stand for a sender."""
+    return hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def values_digest(values: Sequence[tuple[str, str]]) -> bytes:
+    """Return 8 bytes that stand for the values of some headers, in whatever order."""
+    text = "\0".join(f"{name.lower()}\0{value}" for name, value in sorted(values))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]

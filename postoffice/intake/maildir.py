@@ -1,0 +1,437 @@
+"""The Maildir: everything that was delivered into it, into the depot, exactly once.
+
+A file leaves the spool when what became of it is durable, and not before:
+
+1. files are read and decided on, some hundred at a time, in order of arrival;
+2. one transaction stores them, with their names in the spool's journal;
+3. they move to the archive, and the folders are written to the disk;
+4. the next transaction's names replace theirs in the journal.
+
+Whoever is killed in between leaves files behind that the journal names: the next run moves them
+without importing them again.  One process at a time works on a spool; a lock sees to that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from transaction.interfaces import TransientError
+from ZODB.blob import Blob
+from ZODB.POSException import POSError
+
+from postoffice.delivery import Intake, Prepared, Result
+from postoffice.depot.folder import QueuesFolder
+from postoffice.display import one_line, printable
+from postoffice.exceptions import DepotUnavailable, TemporaryError
+from postoffice.intake.archive import Archive, Failure
+from postoffice.intake.reader import Reader, SpoolFile, Unreadable
+from postoffice.queue import BLOB_SIZE
+
+__all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "unique"]
+
+log = logging.getLogger("postoffice")
+
+#: Messages a transaction.
+BATCH = 100
+_BATCH_BYTES = 8 << 20
+_ATTEMPTS = 20
+_LOCK = ".postoffice.lock"
+
+
+class MaildirBusy(TemporaryError):
+    """Another process is importing from this Maildir."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an import did.
+
+    :ivar counts: how many messages, by verdict.
+    :ivar set_aside: how many were newly set aside.
+    :ivar dropped: how many files an earlier run had imported, and only had to be moved.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    set_aside: int = 0
+    dropped: int = 0
+
+    def count(self, verdict: str) -> None:
+        """Count one message."""
+        self.counts[verdict] = self.counts.get(verdict, 0) + 1
+
+    @property
+    def total(self) -> int:
+        """How many messages were processed."""
+        return sum(self.counts.values()) + self.set_aside
+
+
+class Maildir:
+    """A Maildir that is locked for this process.
+
+    :ivar spool_id: what the spool is known by in the depot, wherever its folder is moved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Lock the Maildir; it is made if it is missing.
+
+        :raises MaildirBusy: another process has it.
+        :raises OSError: it cannot be made or opened.
+        """
+        self.path = path
+        for name in ("", "new", "cur", "tmp"):
+            (path / name).mkdir(mode=0o700, exist_ok=True)
+        self._lock = os.open(
+            path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            text = os.pread(self._lock, 64, 0).decode("ascii", "replace").strip()
+            if len(text) != 32:
+                text = uuid.uuid4().hex
+                os.pwrite(self._lock, f"{text}\n".encode("ascii"), 0)
+                os.fsync(self._lock)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise MaildirBusy(f"another import of {path} is running") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.spool_id = text
+
+    def close(self) -> None:
+        """Unlock the Maildir."""
+        os.close(self._lock)
+
+    def files(self) -> list[tuple[int, int, str]]:
+        """Return arrival, size and place (``new/NAME``) of what waits, in order of arrival.
+
+        Files only: dot files, folders, links, FIFOs and what vanishes meanwhile are passed over.
+        """
+        found = []
+        for folder in ("new", "cur"):
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    try:
+                        if not entry.is_file(follow_symlinks=False):
+                            continue
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    found.append((status.st_mtime_ns, status.st_size, f"{folder}/{entry.name}"))
+        found.sort()
+        return found
+
+
+class _Vanished(Exception):
+    """A file that was read has left the spool before it was stored."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(source)
+
+
+class MaildirImport:
+    """One run over a Maildir; see the module.
+
+    :ivar outcome: what was done so far.
+    """
+
+    def __init__(
+        self,
+        maildir: Maildir,
+        archive: Archive,
+        connection: Any,
+        folder: QueuesFolder,
+        intake: Intake,
+        reader: Reader,
+        fingerprint: str,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Prepare a run.
+
+        :param connection: of the depot's database, with an explicit transaction manager of its own.
+        :param folder: the depot, in that connection.
+        :param fingerprint: names version and configuration; kept with what is set aside.
+        :param clock: the time, in nanoseconds since the epoch.
+        """
+        self.outcome = Outcome()
+        self._maildir = maildir
+        self._archive = archive
+        self._connection = connection
+        self._manager = connection.transaction_manager
+        self._folder = folder
+        self._intake = intake
+        self._reader = reader
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._paths: dict[str, str] = {}
+
+    def run(
+        self,
+        retry: Callable[[Failure], bool],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Outcome:
+        """Import all that waits.
+
+        :param retry: says which of the messages that were set aside are to be tried again.
+        :param progress: is called with how many are done, and how many there are.
+        :raises DepotUnavailable: the database failed; what was not imported waits in the spool.
+        :raises OSError: the spool or the archive failed; likewise.
+        """
+        self._recover()
+        waiting = self._maildir.files()
+        failed = self._failed(retry)
+        total = len(waiting) + len(failed)
+        done = 0
+        for batch in _batches(failed, waiting, str(self._maildir.path)):
+            self._import(batch)
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+        self._clear_journal()
+        return self.outcome
+
+    def _failed(self, retry: Callable[[Failure], bool]) -> list[SpoolFile]:
+        found = []
+        for failure in self._archive.failures():
+            if not retry(failure):
+                continue
+            path = os.path.join(self._archive.failed, failure.name)
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            found.append(SpoolFile(path, failure.name, status.st_mtime_ns, status.st_size))
+        found.sort(key=lambda file: (file.arrived, file.name))
+        return found
+
+    def _recover(self) -> None:
+        """Take out of the spool what a run that was cut off has stored."""
+        self._begin()
+        journal = self._folder.journals.get(self._maildir.spool_id)
+        names: dict[str, str] = dict(journal.names) if journal is not None else {}
+        self._manager.abort()
+        if not names:
+            return
+        for folder in (self._maildir.path / "new", self._maildir.path / "cur", self._archive.failed):
+            try:
+                there = os.listdir(folder)
+            except FileNotFoundError:
+                continue
+            for name in there:
+                place = names.get(unique(name))
+                if place is not None:
+                    log.info("%s was imported by a run that was cut off; archived", printable(name))
+                    self._archive.take(os.path.join(folder, name), place)
+                    self._archive.forget_failure(name)
+                    self.outcome.dropped += 1
+        self._archive.sync()
+        self._clear_journal()
+
+    def _clear_journal(self) -> None:
+        def clear() -> None:
+            journal = self._folder.journals.get(self._maildir.spool_id)
+            if journal is not None and journal.names:
+                journal.names = {}
+
+        self._transact(clear, lambda: not self._journal_names())
+
+    # -- one batch ---------------------------------------------------------------------------------
+
+    def _import(self, batch: Sequence[SpoolFile]) -> None:
+        self._paths = {file.name: file.path for file in batch}
+        prepared = []
+        for file, found in zip(batch, self._reader.read_all(batch), strict=True):
+            if isinstance(found, Unreadable):
+                self._set_aside(file, found.reason)
+            elif found is not None:
+                prepared.append(found)
+        if not prepared:
+            self._archive.sync()
+            return
+        day = date.fromtimestamp(self._clock() / 1e9)
+        for result in self._store(prepared, day):
+            self._report(result)
+            source = result.prepared.source
+            path = self._paths[source]
+            self._archive.take(path, self._archive.place(source, day))
+            if path.startswith(self._archive.failed):
+                self._archive.forget_failure(source)
+        self._archive.sync()
+
+    def _set_aside(self, file: SpoolFile, reason: str) -> None:
+        failure = Failure(file.name, reason, self._fingerprint, self._clock() // 1_000_000_000)
+        self._archive.set_aside(file.path, failure)
+        self.outcome.set_aside += 1
+        log.warning(
+            "%s is set aside: %s; it is in %s",
+            printable(file.name),
+            printable(reason),
+            self._archive.failed,
+        )
+
+    def _store(self, prepared: list[Prepared], day: date) -> list[Result]:
+        names = {unique(one.source): self._archive.place(one.source, day) for one in prepared}
+        results: list[Result] = []
+
+        def store() -> None:
+            for vanished in [one for one in prepared if one.source not in self._paths]:
+                prepared.remove(vanished)
+                del names[unique(vanished.source)]
+            results[:] = self._intake.deliver(
+                prepared,
+                self._clock(),
+                lambda one: self._archive.place(one.source, day),
+                self._fill,
+            )
+            self._folder.journal(self._maildir.spool_id).names = names
+
+        while True:
+            try:
+                self._transact(store, lambda: bool(names) and self._journal_names() == names)
+            except _Vanished as vanished:
+                log.info("%s vanished while it was imported", printable(vanished.source))
+                del self._paths[vanished.source]
+            else:
+                self._intake.forget_bodies()
+                return results
+
+    def _fill(self, message: Prepared, blob: Blob) -> None:
+        """Make a spool file a blob: by a hard link if it is ours alone, else by a copy."""
+        path = self._paths[message.source]
+        folder = self._connection.db().storage.temporaryDirectory()
+        target = os.path.join(folder, f"postoffice-{os.getpid()}-{uuid.uuid4().hex}")
+        try:
+            status = os.lstat(path)
+            ours = (
+                stat.S_ISREG(status.st_mode)
+                and status.st_uid == os.geteuid()
+                and status.st_nlink == 1
+                and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            )
+            if not (ours and _link(path, target)):
+                shutil.copyfile(path, target, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _Vanished(message.source) from None
+        blob.consumeFile(target)
+
+    def _report(self, result: Result) -> None:
+        decision, values = result.decision, result.prepared.values
+        self.outcome.count(decision.verdict.value)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        where = f"to queue {decision.queue!r}" if result.id is not None else decision.verdict.value
+        marks = "".join(f" [{mark}]" for mark in decision.marks)
+        log.info(
+            "%s %s: %s%s: %s From: %s To: %s Subject: %s Message-ID: %s",
+            printable(result.prepared.source),
+            printable(where),
+            decision.reason,
+            marks,
+            printable(decision.detail),
+            printable(values["header_from"]),
+            printable(values["header_to"]),
+            printable(values["subject"]),
+            printable(values["message_id"]),
+        )
+
+    # -- transactions ------------------------------------------------------------------------------
+
+    def _journal_names(self) -> dict[str, str]:
+        journal = self._folder.journals.get(self._maildir.spool_id)
+        return dict(journal.names) if journal is not None else {}
+
+    def _begin(self) -> None:
+        self._manager.begin()
+
+    def _transact(self, work: Callable[[], None], committed: Callable[[], bool]) -> None:
+        """Do some work in a transaction, again if that failed for a while.
+
+        A commit that failed may have happened all the same (the server was killed after it, the
+        disk reported an error late), so before each repetition the database is asked.
+
+        :param committed: tells, in a new transaction, whether the work is done already.
+        """
+        attempt = 0
+        while True:
+            try:
+                self._begin()
+                if attempt and committed():
+                    self._manager.abort()
+                    return
+                work()
+                self._manager.commit()
+                return
+            except TransientError as error:
+                self._give_up()
+                attempt += 1
+                if attempt == _ATTEMPTS:
+                    raise DepotUnavailable(f"the database refuses: {one_line(error)}") from error
+                time.sleep(random.uniform(0.5, 1) * min(0.01 * 2**attempt, 2))  # noqa: S311  # no secret
+            except (POSError, OSError) as error:
+                self._give_up()
+                raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
+            except BaseException:
+                self._give_up()
+                raise
+
+    def _give_up(self) -> None:
+        self._intake.forget_queues()
+        try:
+            self._manager.abort()
+        except (POSError, OSError) as error:
+            # The storage is gone, and with it what the transaction was about to do.
+            log.debug("abort failed too: %s", error)
+
+
+def unique(name: str) -> str:
+    """Return the unique part of a Maildir file's name, without flags that a reader put there."""
+    return name.partition(":")[0]
+
+
+def _batches(
+    failed: list[SpoolFile], waiting: list[tuple[int, int, str]], folder: str
+) -> Iterator[list[SpoolFile]]:
+    """Share the files out into batches that are small in number and in bytes."""
+
+    def files() -> Iterator[SpoolFile]:
+        yield from failed
+        for arrived, size, place in waiting:
+            yield SpoolFile(f"{folder}/{place}", place[4:], arrived, size)
+
+    batch: list[SpoolFile] = []
+    size = 0
+    for file in files():
+        batch.append(file)
+        if file.size < BLOB_SIZE:
+            size += file.size
+        if len(batch) == BATCH or size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _link(path: str, target: str) -> bool:
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # Another file system, or one without hard links.
+        return False
+    return True

@@ -1,0 +1,147 @@
+"""Reading one spool file, safely: what it holds, and where it goes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from postoffice.delivery import Prepared, oversize_message, prepare
+from postoffice.display import one_line, printable
+from postoffice.exceptions import LimitExceeded
+from postoffice.loops import LoopRule
+from postoffice.message import Envelope, Message
+from postoffice.queue import BLOB_SIZE
+from postoffice.routing import Routing
+
+__all__ = ["Reader", "SpoolFile", "Unreadable"]
+
+log = logging.getLogger("postoffice")
+
+_LONGEST_HEADER = 1 << 20
+
+# Whose fault it is: the file's, so that it is set aside, rather than the machine's.
+_UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENODATA, errno.EOVERFLOW})
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolFile:
+    """A file in the spool.
+
+    :ivar path: where it is.
+    :ivar name: its unique name, without the folder.
+    :ivar arrived: its modification time, in nanoseconds since the epoch.
+    :ivar size: in bytes.
+    """
+
+    path: str
+    name: str
+    arrived: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A file that cannot be processed.
+
+    :ivar source: its name.
+    :ivar reason: one line.
+    """
+
+    source: str
+    reason: str
+
+
+class Reader:
+    """Reads spool files and decides on them; touches neither database nor spool."""
+
+    def __init__(self, routing: Routing, loop: LoopRule | None, way: str = "maildir") -> None:
+        """Read by these rules."""
+        self._routing = routing
+        self._loop = loop
+        self._way = way
+
+    def read(self, file: SpoolFile) -> Prepared | Unreadable | None:
+        """Return the message, prepared; why it cannot be processed; or ``None`` if it is not there.
+
+        A symbolic link, a FIFO, a folder or a device is not there.  Nothing that a message holds
+        makes it raise; what the machine cannot do (no memory, no descriptors) does.
+
+        :raises OSError: the file cannot be read for a reason that is not its own.
+        """
+        try:
+            descriptor = os.open(
+                file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None
+            if error.errno in _UNREADABLE:
+                return Unreadable(file.name, f"cannot be read: {error.strerror}")
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            return self._read(file, descriptor, status)
+        except LimitExceeded as error:
+            return Unreadable(file.name, f"limit exceeded: {error}")
+        except OSError as error:
+            if error.errno in _UNREADABLE:
+                return Unreadable(file.name, f"cannot be read: {error.strerror}")
+            raise
+        finally:
+            os.close(descriptor)
+
+    def read_all(self, files: Sequence[SpoolFile]) -> Iterator[Prepared | Unreadable | None]:
+        """Read files one after the other; a defect of ours costs one message, not the run."""
+        for file in files:
+            try:
+                yield self.read(file)
+            except OSError:
+                raise
+            except MemoryError:
+                yield Unreadable(file.name, "it needs more memory than there is")
+            except Exception as error:
+                log.exception("%s: cannot be processed", printable(file.name))
+                yield Unreadable(file.name, f"{type(error).__name__}: {one_line(error)}")
+
+    def _read(
+        self, file: SpoolFile, descriptor: int, status: os.stat_result
+    ) -> Prepared | Unreadable:
+        size = status.st_size
+        if self._routing.is_oversize(size):
+            return self._oversize(file, descriptor, status)
+        if size < BLOB_SIZE:
+            raw = os.read(descriptor, BLOB_SIZE)
+            while len(raw) < BLOB_SIZE and (more := os.read(descriptor, BLOB_SIZE)):
+                raw += more
+            if len(raw) < BLOB_SIZE:
+                return self._prepare(raw, file, status.st_mtime_ns, len(raw), oversize=False)
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
+            return self._prepare(mapped, file, status.st_mtime_ns, size, oversize=False)
+
+    def _oversize(
+        self, file: SpoolFile, descriptor: int, status: os.stat_result
+    ) -> Prepared | Unreadable:
+        start = os.read(descriptor, _LONGEST_HEADER)
+        ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
+        limit = self._routing.max_message_size or 0
+        raw = oversize_message(start[: min(ends, default=len(start))], status.st_size, limit)
+        return self._prepare(raw, file, status.st_mtime_ns, status.st_size, oversize=True)
+
+    def _prepare(
+        self, raw: bytes | mmap.mmap, file: SpoolFile, arrived: int, size: int, *, oversize: bool
+    ) -> Prepared:
+        own = (("X-Postoffice-Date", str(arrived // 1_000_000_000)),)
+        message = Message.from_bytes(raw, own)
+        message.envelope = Envelope.from_trace(message, arrived)
+        if oversize:
+            message.oversize = True
+        return prepare(self._routing, self._loop, message, file.name, self._way, size)

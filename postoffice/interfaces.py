@@ -1,0 +1,185 @@
+"""The contracts: what each part promises, whoever implements it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zope.interface import Attribute, Interface
+
+__all__ = ["EVENT_KINDS", "Event", "IEventSink", "IFilter", "IQueue"]
+
+#: The kinds of events, each with its meaning.
+EVENT_KINDS = {
+    "added": "a message was committed to a queue",
+    "taken": "an application took the message out of its queue",
+    "quarantined": "an application could not process the message",
+    "requeued": "the message went from quarantine behind the tail of its queue",
+    "discarded": "the message was removed from quarantine for good",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change of one message's state.
+
+    :ivar id: the message's id.
+    :ivar time: nanoseconds since the epoch.
+    :ivar kind: one of :data:`EVENT_KINDS`.
+    :ivar reason: the stable name of the reason.
+    """
+
+    id: int
+    time: int
+    kind: str
+    reason: str
+
+
+class IEventSink(Interface):
+    """Is told of every change of state, in the transaction that makes the change.
+
+    What a sink writes to the same database commits or aborts with the change itself; a
+    sink with effects elsewhere has to wait for the commit.
+    """
+
+    def record(event: Event) -> None:
+        """Take note of the event; an error raised here fails the transaction."""
+
+
+class IFilter(Interface):
+    """One condition on a message, as a line of ``filters`` in ``postoffice.ini`` gives it.
+
+    A package offers a kind of filter as an entry point in the group ``postoffice.filters``: its
+    name is the name used in the file; it loads a callable ``factory(value, folder)``, with the text
+    after the colon and the path of the folder of the file, that returns an ``IFilter`` or raises
+    :exc:`ValueError` with what is wrong.  A filter has no side effects, keeps no state between
+    messages and takes a bounded time whatever the message.
+    """
+
+    description = Attribute("The filter as in the file, for logs: ``to_hostname: .example.com``.")
+
+    def __call__(message: object) -> str | None:
+        """Return one line that says what matched, or ``None`` when the message does not match.
+
+        `message` is a :class:`postoffice.message.Message`.
+
+        :raises postoffice.exceptions.LimitExceeded: the message is set aside.
+        """
+
+
+class IQueue(Interface):
+    """One application's persistent first-in-first-out queue.
+
+    Every method that changes anything joins the transaction of the connection that the queue was
+    found in: nothing is true before its commit, and an abort undoes it.  A queue object belongs to
+    its connection and, like the connection, to one thread at a time.
+
+    Of any number of consumers, in whatever processes, exactly one commits the taking of a given
+    message.  One consumer alone gets the messages strictly in the order in which they came; several
+    share them out in that order, so that each sees its share in order.
+    """
+
+    name = Attribute("The queue's name, as in ``[queue:NAME]``.")
+
+    def add(message: object) -> int:
+        """Put a message behind the tail and return its id.
+
+        `message` is a :class:`postoffice.message.Message`, any ``email.message.Message``, or bytes.
+        """
+
+    def pop_next() -> object:
+        """Take the first message out of the queue and return it.
+
+        It sees what its own transaction has added.
+
+        :raises postoffice.exceptions.QueueEmpty: there is none to take now.
+        """
+
+    def peek() -> object:
+        """Return the message that ``pop_next`` would take, and leave it there.
+
+        :raises postoffice.exceptions.QueueEmpty: there is none to take now.
+        """
+
+    def __len__() -> int:
+        """Return the number of messages in the queue, those included that others hold."""
+
+    def __bool__() -> bool:
+        """Return whether there is a message to take now."""
+
+    def __iter__() -> object:
+        """Iterate over the messages in order, without removing any."""
+
+    def entries(after_id: int | None, limit: int, state: str) -> object:
+        """List entries in order: at most `limit` of those after `after_id` in this state.
+
+        Reads no bodies.
+        """
+
+    def is_duplicate(message: object) -> bool:
+        """Tell whether the same message came to this queue within 24 hours.
+
+        The same: Message-ID, original recipient and body agree.
+        """
+
+    def collect_frequency_data(message: object, headers: object) -> None:
+        """Remember the arrival of a message from its sender, with the values of `headers`."""
+
+    def get_instantaneous_frequency(user: str, now: object, headers: object) -> float:
+        """Return messages a minute by the time since the sender's last message; 0.0 if none."""
+
+    def get_average_frequency(user: str, now: object, interval: object, headers: object) -> float:
+        """Return messages a minute over `interval` (a ``timedelta``) until `now`."""
+
+    def throttle(user: str, until: object, headers: object) -> None:
+        """Mark a sender as throttled until a ``datetime``."""
+
+    def is_throttled(user: str, now: object, headers: object) -> bool:
+        """Tell whether a sender is throttled at `now`."""
+
+    def bounce(
+        message: object,
+        send: object,
+        bounce_from_addr: str,
+        bounce_reason: str | None,
+        bounce_message: object,
+    ) -> bool:
+        """Send a notice to the envelope sender, if RFC 3834 allows one; return whether it does.
+
+        `send` is ``send(fromaddr, toaddrs, message)``.  One that provides repoze.sendmail's
+        ``IMailDelivery`` is called at once, and joins the transaction; any other callable is
+        called once, after the commit.
+
+        :raises ValueError: both a reason and a message were given.
+        """
+
+    def quarantine(message: object, error: object, send: object, notice_from: str | None) -> int:
+        """Move a message to quarantine, with the text of its error, and return its id.
+
+        `error` is ``sys.exc_info()``, an exception, or a string.  The message may have been taken
+        in this transaction, in one that was aborted, or in an earlier one.
+
+        :raises postoffice.exceptions.MessageTaken: another consumer took it meanwhile; a
+            transient error, as is the conflict that the commit raises when both do so at once.
+        :raises ValueError: `send` without `notice_from`.
+        """
+
+    def get_quarantined_messages() -> object:
+        """Iterate over pairs of message and error, in the order of the messages' ids."""
+
+    def get_quarantined_message(id: int | str) -> object:
+        """Return one message from quarantine.
+
+        :raises postoffice.exceptions.MessageMissing: it is not there; also a :exc:`KeyError`.
+        """
+
+    def count_quarantined_messages() -> int:
+        """Return the number of messages in quarantine."""
+
+    def remove_from_quarantine(message: object) -> None:
+        """Discard a message from quarantine, for good.
+
+        :raises postoffice.exceptions.MessageMissing: it is not there; also a :exc:`ValueError`.
+        """
+
+    def requeue_quarantined_messages() -> int:
+        """Put all of quarantine behind the tail, in order of arrival, and return how many."""

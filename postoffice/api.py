@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
 from ZODB.POSException import POSError
 
 from postoffice import config
+from postoffice.claims import holder_is_gone
 from postoffice.database import open_database
-from postoffice.delivery import Intake
+from postoffice.delivery import Intake, oversize_message
 from postoffice.depot.folder import find_folder, make_folder
+from postoffice.depot.lane import Place
 from postoffice.display import one_line
 from postoffice.exceptions import DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader
+from postoffice.message import Envelope, Message
+from postoffice.queue import BLOB_SIZE, Queue, header_values
+from postoffice.routing import Decision, explain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from postoffice.depot.folder import QueuesFolder
 
-__all__ = ["PostOffice"]
+__all__ = ["Explanation", "PostOffice", "QueueStatus"]
 
 _ATTEMPTS = 20
+_LONGEST_HEADER = 1 << 20
 
 
 class PostOffice:
@@ -202,3 +210,177 @@ class PostOffice:
         place = self.settings.archive
         folder = place if isinstance(place, Path) else None
         return Archive(self.settings.maildir, folder, keeps=place is not None)
+
+    # -- what administrators ask and do ------------------------------------------------------------
+
+    def explain(self, file: BinaryIO, arrived: int) -> Explanation:
+        """Say what every rule answers to the message in a file, and where it would go.
+
+        The message is read as the import reads it.  Changes nothing, opens no database, and so
+        knows neither of duplicates nor of throttled senders.
+
+        :param file: a file of the file system, open for reading in binary.
+        :param arrived: when it arrived, in nanoseconds since the epoch.
+        :raises postoffice.exceptions.LimitExceeded: the import would set the message aside.
+        :raises OSError: the file cannot be read.
+        """
+        routing = self.settings.routing
+        size = os.fstat(file.fileno()).st_size
+        oversize = routing.is_oversize(size)
+        raw: bytes | mmap.mmap
+        if oversize:
+            start = file.read(_LONGEST_HEADER)
+            header = start[: Message.from_bytes(start, own_headers=None).header_end]
+            raw = oversize_message(header, size, routing.max_message_size or 0)
+        elif size < BLOB_SIZE:
+            raw = file.read()
+        else:
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        message = Message.from_bytes(raw, (("X-Postoffice-Date", str(arrived // 1_000_000_000)),))
+        message.envelope = Envelope.from_trace(message, arrived)
+        message.oversize = oversize
+        return Explanation(
+            explain(routing, message), message.envelope, size, oversize, header_values(message)
+        )
+
+    @contextmanager
+    def queue(self, name: str) -> Iterator[Queue]:
+        """Give a queue, to look at it in one transaction that is aborted in the end.
+
+        :raises postoffice.exceptions.FolderMissing: the depot was not made yet.
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        """
+        with self.connection() as connection:
+            yield Queue(self.folder(connection).get(name))
+
+    def queues(self) -> list[QueueStatus]:
+        """Tell how the queues are: those of the configuration in its order, then all others.
+
+        :raises postoffice.exceptions.FolderMissing: the depot was not made yet.
+        """
+        configured = self.settings.queue_names
+        with self.connection() as connection:
+            folder = self.folder(connection)
+            others = [name for name in folder.names() if name not in configured]
+            return [
+                _status(name, folder, name in configured) for name in [*configured, *others]
+            ]
+
+    def remove_queue(self, name: str) -> None:
+        """Remove a queue that holds nothing, neither waiting nor in quarantine.
+
+        A message that is added at the same time is kept: its transaction, or this one, fails.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        :raises postoffice.exceptions.QueueNotEmpty: it holds messages.
+        """
+        self._committed(lambda connection: self.folder(connection).remove(name))
+
+    def requeue(self, name: str, ids: Sequence[str]) -> int:
+        """Put messages from quarantine behind the tail of their queue: all, or none on an error.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        :raises postoffice.exceptions.MessageMissing: one is not in its quarantine.
+        """
+
+        def work(connection: Any) -> int:
+            queue = Queue(self.folder(connection).get(name))
+            for id in dict.fromkeys(ids):
+                queue.requeue(id)
+            return len(dict.fromkeys(ids))
+
+        done: int = self._committed(work)
+        return done
+
+    def requeue_all(self, name: str) -> int:
+        """Put all messages from quarantine behind the tail, in order of arrival; say how many.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        """
+
+        def work(connection: Any) -> int:
+            return Queue(self.folder(connection).get(name)).requeue_quarantined_messages()
+
+        done: int = self._committed(work)
+        return done
+
+    def discard(self, name: str, ids: Sequence[str]) -> int:
+        """Discard messages from quarantine for good: all, or none on an error; say how many.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        :raises postoffice.exceptions.MessageMissing: one is not in its quarantine.
+        """
+
+        def work(connection: Any) -> int:
+            queue = Queue(self.folder(connection).get(name))
+            for id in dict.fromkeys(ids):
+                queue.remove_from_quarantine(queue.get_quarantined_message(id))
+            return len(dict.fromkeys(ids))
+
+        done: int = self._committed(work)
+        return done
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the rules say to one message.
+
+    :ivar decision: where it would go; its trail has the answer of every rule.
+    :ivar envelope: as its trace headers tell it.
+    :ivar size: in bytes.
+    :ivar oversize: whether it is larger than ``max_message_size``.
+    :ivar headers: what its entry would show: ``header_from``, ``header_to``, ``subject`` and
+        ``message_id``.
+    """
+
+    decision: Decision
+    envelope: Envelope
+    size: int
+    oversize: bool
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """How one queue is.
+
+    :ivar name: its name.
+    :ivar waiting: how many messages wait, those included that a consumer holds.
+    :ivar held: how many of them consumers hold, to take them soon.
+    :ivar quarantined: how many are in quarantine.
+    :ivar oldest: arrival of the message at its head, in nanoseconds since the epoch, or ``None``.
+    :ivar configured: whether the configuration has it.
+    :ivar made: whether the depot has it; the next import makes what it has not.
+    """
+
+    name: str
+    waiting: int
+    held: int
+    quarantined: int
+    oldest: int | None
+    configured: bool
+    made: bool
+
+
+def _status(name: str, folder: QueuesFolder, configured: bool) -> QueueStatus:
+    if name not in folder.queues:
+        return QueueStatus(name, 0, 0, 0, None, configured, made=False)
+    record = folder.get(name)
+    now = time.time_ns()
+    held = sum(
+        claim[3] > now
+        and lane.live(lane.get(Place(number, claim[0], position)), position)
+        and not holder_is_gone(claim[1])
+        for number, lane in enumerate(record.lanes)
+        for position, claim in lane.claims.items(1)
+    )
+    head = next(Queue(record).entries(limit=1), None)
+    return QueueStatus(
+        name,
+        record.waiting(),
+        held,
+        int(record.quarantined()),
+        None if head is None else head.arrived,
+        configured,
+        made=True,
+    )

@@ -409,6 +409,7 @@ _BLOB_OPTIONS = {
     "oracle": "blob_dir",
     "sqlite": "blob_dir",
 }
+_PASSWORD = re.compile(r"(//[^/:@?]*):.*@")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -423,11 +424,12 @@ def uri_fault(
 ) -> tuple[str, str] | None:
     """Return what is wrong with a database's URI and what would be right, or ``None``.
 
-    Only the URI is looked at: no file, and no server.
+    Only the URI is looked at: no file, and no server.  A password in it is not shown.
 
     :param resolvers: the schemes that zodburi can resolve; ``None``: those that are installed.
     :param is_installed: says whether a module can be imported.
     """
+    uri = _PASSWORD.sub(r"\1:***@", uri)
     found = _SCHEME.match(uri)
     if resolvers is None:
         resolvers = importlib.metadata.entry_points(group="zodburi.resolvers").names
@@ -567,6 +569,9 @@ class _Reader:
     def _text(self, option: str) -> str:
         """Return the value of an option of the main section without its comment; ``""``: none."""
         value = self._file.value(MAIN_SECTION, option) or ""
+        if option == "ooo_loop_headers":
+            # A list may go on in further lines, as it always could.
+            value = " ".join(value.split())
         if "\n" in value:
             self._file.fail(
                 MAIN_SECTION,

@@ -22,6 +22,7 @@ from postoffice.exceptions import LimitExceeded, MatchTimeout
 from postoffice.expressions import Expression, ExpressionList
 from postoffice.headers import clean, host
 from postoffice.interfaces import IFilter
+from postoffice.loops import recipients_of
 from postoffice.message import Message
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "HeaderRegexpFileFilter",
     "HeaderRegexpFilter",
     "ToHostnameFilter",
-    "recipients_of",
 ]
 
 RECIPIENT_HEADERS = ("To", "Cc", "X-Original-To")
@@ -68,17 +68,6 @@ class FilterError(ValueError):
     def __str__(self) -> str:
         """Return both halves in one line."""
         return f"{self.fault}; {self.mend}"
-
-
-def recipients_of(message: Message) -> tuple[str, ...]:
-    """Return the addresses to which the message was delivered, as the mail server said.
-
-    They are the envelope's; without them those of the topmost X-Original-To, or else of the
-    topmost Delivered-To.  Empty when nothing is known.
-    """
-    if message.envelope is not None and message.envelope.recipients:
-        return message.envelope.recipients
-    return message.addresses("X-Original-To") or message.addresses("Delivered-To")
 
 
 def _shown(text: str) -> str:

@@ -11,6 +11,7 @@ Functions are pure and safe to call from several threads.
 from __future__ import annotations
 
 import binascii
+import encodings
 import mmap
 import pkgutil
 import re
@@ -20,8 +21,6 @@ from encodings import aliases as _aliases
 from encodings import normalize_encoding
 from functools import lru_cache
 from typing import NamedTuple
-
-import encodings
 
 __all__ = [
     "ADDRESS_FIELDS",
@@ -60,10 +59,27 @@ MAX_HEADER = 4 * 1024 * 1024
 _WINDOW = 64 * 1024
 
 ADDRESS_FIELDS = frozenset(
-    ["bcc", "cc", "errors-to", "from", "mail-followup-to", "mail-reply-to", "reply-to"]
-    + ["resent-bcc", "resent-cc", "resent-from", "resent-reply-to", "resent-sender", "resent-to"]
-    + ["sender", "to", "delivered-to", "x-original-to", "return-path"]
-    + ["disposition-notification-to"]
+    [
+        "bcc",
+        "cc",
+        "delivered-to",
+        "disposition-notification-to",
+        "errors-to",
+        "from",
+        "mail-followup-to",
+        "mail-reply-to",
+        "reply-to",
+        "resent-bcc",
+        "resent-cc",
+        "resent-from",
+        "resent-reply-to",
+        "resent-sender",
+        "resent-to",
+        "return-path",
+        "sender",
+        "to",
+        "x-original-to",
+    ]
 )
 """Names, in lower case, of the fields whose values are addresses (RFC 5322, 3.4)."""
 
@@ -92,9 +108,23 @@ def clean(text: str) -> str:
 
 # Not characters for characters: slow, able to fail on every input, or decoding to code.
 _NOT_FOR_MAIL = frozenset(
-    ["idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "oem"]
-    + ["base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "rot_13", "uu_codec"]
-    + ["zlib_codec", "aliases"]
+    [
+        "aliases",
+        "base64_codec",
+        "bz2_codec",
+        "hex_codec",
+        "idna",
+        "mbcs",
+        "oem",
+        "punycode",
+        "quopri_codec",
+        "raw_unicode_escape",
+        "rot_13",
+        "undefined",
+        "unicode_escape",
+        "uu_codec",
+        "zlib_codec",
+    ]
 )
 # Names that mail uses and Python does not know.
 _MAIL_CHARSETS = {
@@ -275,19 +305,11 @@ _HEADER_END = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?!From |[!-9;-~]*:|[ \t])")
 _FIELD_END = re.compile(rb"\r\n(?![ \t])|\r(?![\n \t])|\n(?![ \t])")
 _EMPTY_LINE = re.compile(rb"\r\n|\r|\n")
 
-_known = {
-    f"{name}: "
-    for name in (
-        "arc-authentication-results arc-message-signature arc-seal authentication-results "
-        "auto-submitted bcc cc content-disposition content-language content-transfer-encoding "
-        "content-type content-id content-description date delivered-to dkim-signature errors-to "
-        "feedback-id from importance in-reply-to list-archive list-help list-id list-owner "
-        "list-post list-subscribe list-unsubscribe list-unsubscribe-post message-id mime-version "
-        "organization precedence priority received received-spf references reply-to return-path "
-        "sender subject thread-index thread-topic to user-agent x-mailer x-original-to x-priority "
-        "x-spam-checker-version x-spam-flag x-spam-level x-spam-score x-spam-status"
-    ).split()
-}
+_COMMON_NAMES = """
+    ( for in name
+"""
+# Keys of names that were found well-formed; bounded, since mail adds to it.
+_known = {f"{name}: " for name in _COMMON_NAMES.split()}
 _KNOWN_LIMIT = 2048
 
 
@@ -771,37 +793,40 @@ def mailboxes(value: str) -> Mailboxes:
 _Q_SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/")
 _Q_TABLE = [chr(code) if code in _Q_SAFE else f"={code:02X}" for code in range(256)]
 _Q_TABLE[32] = "_"
-# An encoded word has at most 75 characters (RFC 2047, 2); 12 are =?utf-8?q??=.
-_WORD_ROOM = 63
+# An encoded word has at most 75 characters (RFC 2047, 2), of which 12 are =?utf-8?q??=; these are
+# shorter, so that a first line with the field's name stays within 78.
+_WORD_ROOM = 52
 
 
 def _encode_words(text: str) -> str:
     """Encode all of ``text`` as UTF-8 encoded words, parted by spaces."""
     data = text.encode("utf-8", "replace")
-    quoted = sum(len(_Q_TABLE[byte]) for byte in data)
+    base64 = 2 * sum(byte in _Q_SAFE or byte == 32 for byte in data) < len(data)
     words: list[str] = []
-    if quoted <= (len(data) + 2) // 3 * 4:
-        room, width = _WORD_ROOM, [len(_Q_TABLE[byte]) for byte in range(256)]
+    if base64:
+        word_of, room, width = _base64_word, _WORD_ROOM // 4 * 3, [1] * 256
     else:
-        room, width = _WORD_ROOM // 4 * 3, [1] * 256
+        word_of, room, width = _quoted_word, _WORD_ROOM, [len(text) for text in _Q_TABLE]
     piece = bytearray()
     used = 0
     for character in text:
         char = character.encode("utf-8", "replace")
         size = sum(width[byte] for byte in char)
         if used + size > room:
-            words.append(_encode_word(bytes(piece), width[0] == 1))
+            words.append(word_of(bytes(piece)))
             piece.clear()
             used = 0
         piece += char
         used += size
-    words.append(_encode_word(bytes(piece), width[0] == 1))
+    words.append(word_of(bytes(piece)))
     return " ".join(words)
 
 
-def _encode_word(data: bytes, base64: bool) -> str:
-    if base64:
-        return f"=?utf-8?b?{binascii.b2a_base64(data, newline=False).decode('ascii')}?="
+def _base64_word(data: bytes) -> str:
+    return f"=?utf-8?b?{binascii.b2a_base64(data, newline=False).decode('ascii')}?="
+
+
+def _quoted_word(data: bytes) -> str:
     return f"=?utf-8?q?{''.join([_Q_TABLE[byte] for byte in data])}?="
 
 
@@ -830,12 +855,18 @@ def _encode_text(text: str) -> str:
 
 def _encode_domain(tokens: list[_Token]) -> str:
     """Return the text of an address's tokens with its domain in A-labels where it has them."""
-    text = "".join(token.text for token in tokens)
-    local, at, domain = text.rpartition("@")
-    inner = domain.rstrip(" \t>")
-    if not at or inner.isascii():
-        return text
-    return local + at + host(inner) + domain[len(inner) :]
+    kinds = [token.kind for token in tokens]
+    if "@" not in kinds:
+        return "".join(token.text for token in tokens)
+    begin = len(kinds) - kinds[::-1].index("@")
+    end = begin
+    while end < len(kinds) and kinds[end] in ("atom", "."):
+        end += 1
+    texts = [token.text for token in tokens]
+    domain = "".join(texts[begin:end])
+    if not domain.isascii():
+        texts[begin:end] = [host(domain)]
+    return "".join(texts)
 
 
 def _encode_mailbox(tokens: list[_Token]) -> str:

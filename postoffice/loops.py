@@ -17,7 +17,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from postoffice.filters import recipients_of
 from postoffice.message import Message
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "instantaneous_frequency",
     "is_bcc",
     "loop_headers",
+    "recipients_of",
     "sender_of",
     "triggers",
 ]
@@ -98,6 +98,17 @@ def _keyword(value: str) -> str:
     if depth == 0:
         kept.append(value[at:])
     return " ".join("".join(kept).partition(";")[0].split()).lower()
+
+
+def recipients_of(message: Message) -> tuple[str, ...]:
+    """Return the addresses to which the message was delivered, as the mail server said.
+
+    They are the envelope's; without them those of the topmost X-Original-To, or else of the
+    topmost Delivered-To.  Empty when nothing is known.
+    """
+    if message.envelope is not None and message.envelope.recipients:
+        return message.envelope.recipients
+    return message.addresses("X-Original-To") or message.addresses("Delivered-To")
 
 
 def is_bcc(message: Message) -> bool:

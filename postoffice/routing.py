@@ -254,6 +254,8 @@ def _marks(message: Message) -> tuple[str, ...]:
 
 def _has_no_sender(message: Message) -> bool:
     """Say whether nobody is named as sender; the null reverse-path names nobody either."""
+    if (message.first_raw("From") or "").strip():
+        return False
     if any(value.strip() for value in message.get_all("From", ())):
         return False
     envelope = message.envelope
@@ -273,10 +275,12 @@ def _is_from_its_recipient(message: Message) -> bool:
 def _has_come_back(message: Message) -> bool:
     # The field is not visible where the message shows ours: its sender may have written it.  As a
     # sign of a notice of ours it is believed, since nobody gains by having mail discarded.
-    if message.own_headers is None:
+    buffer = message._buffer() if message.own_headers is not None else None
+    if buffer is None:
         values = message.get_all("X-Postoffice", ())
     else:
-        header = message.raw[: message.header_end]
+        # A copy of the header alone: the buffer may be the map of a large file.
+        header = bytes(buffer[: message.header_end])
         if b"x-postoffice" not in header.lower():
             return False
         values = Message.from_bytes(header, own_headers=None).get_all("X-Postoffice", ())

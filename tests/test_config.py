@@ -394,6 +394,9 @@ def test_loop_headers(folder: Folder) -> None:
     assert loop is not None
     assert loop.headers == ("To", "Subject")
     assert folder.main("ooo_loop_headers =").loop is None
+    loop = folder.main("ooo_loop_frequency = 1", "ooo_loop_headers = To,", "    Subject").loop
+    assert loop is not None
+    assert loop.headers == ("To", "Subject")
 
 
 @pytest.mark.parametrize(
@@ -580,9 +583,9 @@ def test_uris_that_are_right(uri: str) -> None:
         ("file:///x/Data.fs?blobstorage_dir=", "file:///x/Data.fs?blobstorage_dir=/x/blobs"),
         ("file:/x/Data.fs", "file://x/Data.fs"),
         ("zeo://localhost:9991", "zeo://localhost:9991?blob_dir="),
-        ("postgres://u:p@h/d", "postgres://u:p@h/d?blob_dir="),
+        ("postgres://u:p@h/d", "postgres://u:***@h/d?blob_dir="),
         ("sqlite:///?data_dir=/x", "sqlite:///?data_dir=/x&blob_dir=/x/blobs"),
-        ("postgresql://u:p@h/d", "write postgres://u:p@h/d"),
+        ("postgresql://u:p@h/d", "write postgres://u:***@h/d"),
         ("FILE:///x", "write file:///x"),
         ("sqlite3:///x", "write sqlite:///x"),
         ("couchdb://x", "use one of: demo, file, memory, mysql"),
@@ -769,7 +772,7 @@ def test_filters_are_the_entry_points_of_the_package() -> None:
     """What the package declares for others to see is what the configuration knows."""
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
     for name, factory in FACTORIES.items():
-        assert f'{name} = "postoffice.filters:{factory.__qualname__}"' in text  # type: ignore[attr-defined]  # bound class methods
+        assert f'{name} = "postoffice.filters:{factory.__qualname__}"' in text
 
 
 def test_a_queue_without_filters_is_warned_of(folder: Folder) -> None:

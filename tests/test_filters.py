@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zope.interface.verify import verifyObject
 
+from postoffice import filters
 from postoffice.exceptions import MatchTimeout
 from postoffice.filters import (
     FACTORIES,
@@ -21,7 +22,6 @@ from postoffice.filters import (
     HeaderRegexpFileFilter,
     HeaderRegexpFilter,
     ToHostnameFilter,
-    recipients_of,
 )
 from postoffice.interfaces import IFilter
 from postoffice.message import Envelope, Message
@@ -243,15 +243,6 @@ def test_envelope_to_reads_the_topmost_trace_header() -> None:
     assert one(mail("X-Original-To: support@example.com", to=("x@y.example",))) is None
 
 
-def test_recipients_are_what_the_mail_server_said() -> None:
-    """Recipients come from the envelope, else from trace headers, else they are unknown."""
-    assert recipients_of(mail("X-Original-To: a@b.example", to=("c@d.example",))) == (
-        "c@d.example",
-    )
-    assert recipients_of(mail("X-Original-To: a@b.example")) == ("a@b.example",)
-    assert recipients_of(mail("To: a@b.example")) == ()
-
-
 def test_a_recipient_without_a_domain_matches_nothing() -> None:
     """A local name is no address, so that not even @* takes it."""
     assert EnvelopeToFilter("*@*")(mail(to=("root",))) is None
@@ -430,6 +421,20 @@ def test_a_match_is_found_behind_a_part_that_takes_too_long() -> None:
     assert BodyRegexpFilter(expression)(message)
     with pytest.raises(MatchTimeout):
         BodyRegexpFilter(r"^(x+)+\1$")(message)
+
+
+def test_many_matches_have_a_limit_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fields and parts there are, a filter does not go on for ever."""
+    part = "--=_\nContent-Type: text/plain\n\nx\n"
+    fields = [f"X-{n}: x" for n in range(1000)]
+    content = 'Content-Type: multipart/mixed; boundary="=_"'
+    message = mail(content, *fields, body=part * 3 + "--=_--\n")
+    kinds = (HeaderRegexpFilter, BodyRegexpFilter)
+    assert [kind("y")(message) for kind in kinds] == [None, None]
+    monkeypatch.setattr(filters, "MAX_FILTER_SECONDS", -1.0)
+    for kind in kinds:
+        with pytest.raises(MatchTimeout, match="on one message"):
+            kind("y")(message)
 
 
 # -- files of expressions --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from postoffice.loops import (
     instantaneous_frequency,
     is_bcc,
     loop_headers,
+    recipients_of,
     sender_of,
     triggers,
 )
@@ -59,6 +60,15 @@ def mail(*fields: str, sender: str | None = None, to: tuple[str, ...] = ()) -> M
 def test_auto_response(fields: list[str], automatic: bool) -> None:
     """Precedence bulk, junk or list, and Auto-Submitted other than no, in any field, tell."""
     assert auto_response(mail("From: a@b.example", *fields)) == automatic
+
+
+def test_recipients_are_what_the_mail_server_said() -> None:
+    """Recipients come from the envelope, else from trace headers, else they are unknown."""
+    assert recipients_of(mail("X-Original-To: a@b.example", to=("c@d.example",))) == (
+        "c@d.example",
+    )
+    assert recipients_of(mail("X-Original-To: a@b.example")) == ("a@b.example",)
+    assert recipients_of(mail("To: a@b.example")) == ()
 
 
 @pytest.mark.parametrize(

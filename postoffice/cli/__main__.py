@@ -1,0 +1,5 @@
+"""``python -m postoffice.cli`` is ``postoffice``."""
+
+from postoffice.cli import main
+
+main()

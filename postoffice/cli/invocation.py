@@ -1,0 +1,121 @@
+"""One run of the command: the options that all commands share, and what they lead to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from postoffice.cli.output import Failure
+
+if TYPE_CHECKING:
+    from postoffice.api import PostOffice
+    from postoffice.config import Settings
+
+__all__ = ["Invocation", "pass_invocation", "shared_options"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What the shared options say, wherever on the line they stand.
+
+    :ivar config: the configuration file, or ``None`` to look for it.
+    :ivar verbose: whether ``-v`` was given.
+    """
+
+    config: Path | None = None
+    verbose: bool = False
+
+    def settings(self) -> Settings:
+        """Read the configuration file.
+
+        :raises Failure: it is not in any of the usual places.
+        :raises postoffice.exceptions.ConfigurationError: it cannot be used.
+        """
+        from postoffice import config
+
+        path = self.config or config.find(sys.argv[0])
+        if path is None:
+            beside = Path(os.path.abspath(sys.argv[0])).parent.parent / "etc"
+            raise Failure(
+                f"no postoffice.ini in . or ./etc or {beside} or /etc; name one with -C FILE, "
+                "or make one with `postoffice init DIR`",
+                2,
+            )
+        return config.load(path)
+
+    @contextmanager
+    def post_office(self) -> Iterator[PostOffice]:
+        """Give the post office of the configuration file, with logging set up, and close it."""
+        from postoffice.api import PostOffice
+
+        settings = self.settings()
+        with self.logging(settings), PostOffice(settings) as post_office:
+            yield post_office
+
+    @contextmanager
+    def logging(self, settings: Settings) -> Iterator[None]:
+        """Log as the file says, or else to standard error.
+
+        Warnings and errors always, and with ``-v`` a line for each message.
+        """
+        from postoffice.config import set_up_logging
+
+        if set_up_logging(settings):
+            yield
+            return
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root, own = logging.getLogger(), logging.getLogger("postoffice")
+        level = own.level
+        root.addHandler(handler)
+        own.setLevel(logging.INFO if self.verbose else logging.WARNING)
+        try:
+            yield
+        finally:
+            own.setLevel(level)
+            root.removeHandler(handler)
+
+
+pass_invocation = click.make_pass_decorator(Invocation)
+
+
+def _note_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Invocation).config = value
+
+
+def _note_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Invocation).verbose = True
+
+
+def shared_options(command: _F) -> _F:
+    """Give a command the options that may stand before and behind its name."""
+    verbose = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_note_verbose,
+        help="Say more.",
+    )
+    config = click.option(
+        "-C",
+        "--config",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        expose_value=False,
+        callback=_note_config,
+        help="The configuration file, instead of looking for postoffice.ini.",
+    )
+    return config(verbose(command))

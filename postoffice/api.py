@@ -28,6 +28,7 @@ from postoffice.exceptions import DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader
+from postoffice.intake.reading import ReaderProcess
 from postoffice.message import Envelope, Message
 from postoffice.queue import BLOB_SIZE, Queue, header_values
 from postoffice.routing import Decision, explain
@@ -175,6 +176,7 @@ class PostOffice:
         settings = self.settings
         fingerprint = self.fingerprint
         maildir = Maildir(settings.maildir)
+        reader = ReaderProcess(Reader(settings.routing, settings.loop))
         try:
             archive = self.archive()
             self.reconcile_queues()
@@ -187,7 +189,7 @@ class PostOffice:
                     connection,
                     folder,
                     Intake(folder, settings.loop),
-                    Reader(settings.routing, settings.loop),
+                    reader,
                     fingerprint,
                 )
                 outcome = run.run(
@@ -198,6 +200,7 @@ class PostOffice:
                     self.log.info("archive of %s has expired", day)
             return outcome
         finally:
+            reader.close()
             maildir.close()
 
     @property

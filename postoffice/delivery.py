@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from postoffice.depot.entry import trail_text
 from postoffice.fingerprints import duplicate_digest, raw_digest, sender_digest, values_digest
 from postoffice.loops import LoopRule, is_bcc, loop_headers, sender_of, triggers
 from postoffice.message import Message
@@ -63,6 +64,30 @@ class Prepared:
     duplicate: bytes = b""
     sender: bytes = b""
     loop_values: bytes = b""
+
+    def to_wire(self) -> tuple[object, ...]:
+        """Return it as plain values, for another process; the decision loses its trail."""
+        decision = self.decision
+        return (
+            self.source,
+            decision.verdict.value,
+            decision.reason,
+            decision.queue,
+            decision.detail,
+            decision.marks,
+            self.values,
+            self.raw,
+            self.duplicate,
+            self.sender,
+            self.loop_values,
+        )
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[Any]) -> Prepared:
+        """Make it again of what :meth:`to_wire` returned."""
+        source, verdict, reason, queue, detail, marks, values, raw, *digests = wire
+        decision = Decision(Verdict(verdict), reason, queue, detail, (), marks)
+        return cls(source, decision, values, raw, *digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +151,9 @@ def prepare(
     if message.oversize:
         values["oversize"] = True
     values["reason"] = decision.reason
-    values["trail"] = tuple((step.rule, step.filter, step.answer) for step in decision.trail)
+    values["trail"] = trail_text(
+        (step.rule, step.filter, step.answer) for step in decision.trail if step.filter
+    )
     sender = values_of_loop = b""
     if loop is not None and not is_bcc(message):
         sender = sender_digest(sender_of(message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from zope.interface import Attribute, Interface
 
@@ -57,7 +58,7 @@ class IFilter(Interface):
 
     description = Attribute("The filter as in the file, for logs: ``to_hostname: .example.com``.")
 
-    def __call__(message: object) -> str | None:
+    def __call__(message: Any) -> str | None:
         """Return one line that says what matched, or ``None`` when the message does not match.
 
         `message` is a :class:`postoffice.message.Message`.

@@ -11,9 +11,9 @@ from ZODB.blob import Blob
 from postoffice.interfaces import Event, IEventSink
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["DISCARDED", "DONE", "QUARANTINED", "QUEUED", "Body", "Entry", "ErrorText"]
+__all__ = ["DISCARDED", "DONE", "QUARANTINED", "QUEUED", "Body", "Entry", "ErrorText", "trail_text"]
 
 QUEUED = "queued"
 QUARANTINED = "quarantined"
@@ -40,6 +40,16 @@ class Body(Persistent):
         self.raw = raw
 
 
+def trail_text(steps: Iterable[tuple[str, str, str | None]]) -> str:
+    """Return the text that an entry keeps of rules, filters and answers.
+
+    One string costs a fraction of what a tuple of tuples does in a database record.
+    """
+    return "\n".join(
+        "\t".join(" ".join(text.split()) if text else "" for text in step) for step in steps
+    )
+
+
 class Entry(Persistent):
     """One message in one queue: a small record; listings read entries and never bodies.
 
@@ -58,7 +68,7 @@ class Entry(Persistent):
     :ivar digest: sha256 of the raw bytes that are stored.
     :ivar header_from: the From header, cut to 200 characters; likewise the next three.
     :ivar reason: the stable name of the reason why it is in this queue.
-    :ivar trail: the rules asked and what they answered, in order.
+    :ivar trail: the filters asked and what they answered, see :meth:`steps`.
     :ivar marks: values of ``X-Postoffice-Rejected``.
     :ivar state: :data:`QUEUED`, :data:`QUARANTINED`, :data:`DONE` or :data:`DISCARDED`.
     :ivar changed: when the state last changed, in nanoseconds since the epoch.
@@ -85,7 +95,7 @@ class Entry(Persistent):
     subject = ""
     message_id = ""
     reason = ""
-    trail: tuple[tuple[str, str, str | None], ...] = ()
+    trail = ""
     marks: tuple[str, ...] = ()
     state = QUEUED
     changed = 0
@@ -113,6 +123,16 @@ class Entry(Persistent):
         self.changed = now_ns
         if sink is not None:
             sink.record(Event(self.id, now_ns, kind, reason))
+
+    def steps(self) -> list[tuple[str, str, str | None]]:
+        """Return rule, filter and answer of each filter that was asked, in order.
+
+        The answer is ``None`` where the filter did not match.
+        """
+        return [
+            (rule, filter, answer or None)
+            for rule, filter, answer in (line.split("\t") for line in self.trail.splitlines())
+        ]
 
     def fail(self, error: ErrorText) -> None:
         """Count a failed attempt and keep its error."""

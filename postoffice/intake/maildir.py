@@ -36,7 +36,8 @@ from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable, TemporaryError
 from postoffice.intake.archive import Archive, Failure
-from postoffice.intake.reader import Reader, SpoolFile, Unreadable
+from postoffice.intake.reader import SpoolFile, Unreadable
+from postoffice.intake.reading import ReaderProcess
 from postoffice.queue import BLOB_SIZE
 
 __all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "unique"]
@@ -157,7 +158,7 @@ class MaildirImport:
         connection: Any,
         folder: QueuesFolder,
         intake: Intake,
-        reader: Reader,
+        reader: ReaderProcess,
         fingerprint: str,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -197,11 +198,19 @@ class MaildirImport:
         failed = self._failed(retry)
         total = len(waiting) + len(failed)
         done = 0
-        for batch in _batches(failed, waiting, str(self._maildir.path)):
-            self._import(batch)
+        batches = _batches(failed, waiting, str(self._maildir.path))
+        batch = next(batches, None)
+        if batch is not None:
+            self._reader.submit(batch)
+        while batch is not None:
+            ahead = next(batches, None)
+            if ahead is not None:
+                self._reader.submit(ahead)
+            self._import(batch, self._reader.collect())
             done += len(batch)
             if progress is not None:
                 progress(done, total)
+            batch = ahead
         self._clear_journal()
         return self.outcome
 
@@ -252,10 +261,12 @@ class MaildirImport:
 
     # -- one batch ---------------------------------------------------------------------------------
 
-    def _import(self, batch: Sequence[SpoolFile]) -> None:
+    def _import(
+        self, batch: Sequence[SpoolFile], read: Sequence[Prepared | Unreadable | None]
+    ) -> None:
         self._paths = {file.name: file.path for file in batch}
         prepared = []
-        for file, found in zip(batch, self._reader.read_all(batch), strict=True):
+        for file, found in zip(batch, read, strict=True):
             if isinstance(found, Unreadable):
                 self._set_aside(file, found.reason)
             elif found is not None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import logging
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import traceback
 from dataclasses import dataclass
 
 from postoffice.delivery import Prepared, oversize_message, prepare
-from postoffice.display import one_line, printable
+from postoffice.display import one_line
 from postoffice.exceptions import LimitExceeded
 from postoffice.loops import LoopRule
 from postoffice.message import Envelope, Message
@@ -19,8 +18,6 @@ from postoffice.queue import BLOB_SIZE
 from postoffice.routing import Routing
 
 __all__ = ["Reader", "SpoolFile", "Unreadable"]
-
-log = logging.getLogger("postoffice")
 
 _LONGEST_HEADER = 1 << 20
 
@@ -99,18 +96,18 @@ class Reader:
         finally:
             os.close(descriptor)
 
-    def read_all(self, files: Sequence[SpoolFile]) -> Iterator[Prepared | Unreadable | None]:
-        """Read files one after the other; a defect of ours costs one message, not the run."""
-        for file in files:
-            try:
-                yield self.read(file)
-            except OSError:
-                raise
-            except MemoryError:
-                yield Unreadable(file.name, "it needs more memory than there is")
-            except Exception as error:
-                log.exception("%s: cannot be processed", printable(file.name))
-                yield Unreadable(file.name, f"{type(error).__name__}: {one_line(error)}")
+    def read_safely(self, file: SpoolFile) -> Prepared | Unreadable | None:
+        """Read a file as :meth:`read` does; a defect of ours costs one message, not the run."""
+        try:
+            return self.read(file)
+        except OSError:
+            raise
+        except MemoryError:
+            return Unreadable(file.name, "it needs more memory than there is")
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(where.filename)}:{where.lineno}"
+            return Unreadable(file.name, f"{type(error).__name__} in {place}: {one_line(error)}")
 
     def _read(
         self, file: SpoolFile, descriptor: int, status: os.stat_result

@@ -7,6 +7,7 @@ opens for reading, and ends when the importer does.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import marshal
 import mmap
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from postoffice.delivery import Prepared
+from postoffice.display import printable
 from postoffice.intake.reader import Reader, SpoolFile, Unreadable
 
 __all__ = ["LONGEST_SECONDS", "ReaderProcess"]
@@ -30,6 +32,7 @@ log = logging.getLogger("postoffice")
 LONGEST_SECONDS = 300.0
 
 _LENGTH = struct.Struct("!Q")
+_PROGRESS = struct.Struct("!QQ")
 _PIPE_BYTES = 1 << 20
 _POLL_SECONDS = 1.0
 
@@ -48,9 +51,11 @@ class ReaderProcess:
         self._longest = longest
         self._pid = 0
         self._requests = self._answers = -1
-        # The index, within its batch, of the file that the process has before it.
-        self._progress = mmap.mmap(-1, _LENGTH.size)
+        # The number of the batch, and the index in it of the file, that the process is at.
+        self._progress = mmap.mmap(-1, _PROGRESS.size)
+        self._number = 0
         self._waiting: list[list[SpoolFile]] = []
+        self._suspects: set[str] = set()
 
     def submit(self, batch: Sequence[SpoolFile]) -> None:
         """Have a batch read."""
@@ -58,35 +63,43 @@ class ReaderProcess:
         if not self._pid:
             self._start()
         else:
-            self._ask(self._waiting[-1])
+            self._ask(self._number + len(self._waiting) - 1, batch)
 
     def collect(self) -> list[Prepared | Unreadable | None]:
         """Return what the oldest batch that was submitted holds; see :meth:`Reader.read`.
 
         :raises OSError: a file could not be read for a reason that is not its own.
         """
-        batch = self._waiting[0]
-        found: list[Prepared | Unreadable | None] = []
-        while True:
-            answer = self._answer()
-            if answer is not None:
-                break
-            # The process died or is stuck: all before the culprit is read again, without it.
-            index = _LENGTH.unpack(self._progress[:])[0]
-            reason = self._end()
-            culprit = batch[index]
-            log.error("reading %r ended the reader: %s", culprit.name, reason)
-            if index:
-                self._waiting[:1] = [batch[:index], batch[index:]]
-                found += self.collect()
-                batch = self._waiting[0]
-            found.append(Unreadable(culprit.name, f"reading it ended the reader: {reason}"))
-            batch = self._waiting[0] = batch[1:]
-            if not batch:
-                break
-            self._start()
+        answer = self._answer()
+        if answer is None:
+            return self._collect_without_culprit()
+        self._number += 1
         del self._waiting[0]
-        return found + [_from_wire(one) for one in answer or ()]
+        return [_from_wire(one) for one in answer]
+
+    def _collect_without_culprit(self) -> list[Prepared | Unreadable | None]:
+        """Go on when the process died or is stuck.
+
+        What it had before it is read once more, alone: it may not have been its fault.
+        """
+        batch = self._waiting[0]
+        number, index = _PROGRESS.unpack(self._progress[:])
+        reason = self._end()
+        if number != self._number:
+            index = 0
+        culprit = batch[index]
+        log.error("the reader ended at %s: %s", printable(culprit.name), reason)
+        guilty = culprit.path in self._suspects
+        self._suspects.add(culprit.path)
+        parts = [batch[:index], [] if guilty else [culprit], batch[index + 1 :]]
+        self._waiting[:1] = [part for part in parts if part]
+        self._start()
+        found = self.collect() if parts[0] else []
+        if guilty:
+            found.append(Unreadable(culprit.name, f"reading it ended the reader: {reason}"))
+        else:
+            found += self.collect()
+        return found + (self.collect() if parts[2] else [])
 
     def close(self) -> None:
         """End the process."""
@@ -110,13 +123,13 @@ class ReaderProcess:
             self._serve(request_end, answer_end)
         os.close(request_end)
         os.close(answer_end)
-        for batch in self._waiting:
-            self._ask(batch)
+        for ahead, batch in enumerate(self._waiting):
+            self._ask(self._number + ahead, batch)
 
-    def _ask(self, batch: Sequence[SpoolFile]) -> None:
+    def _ask(self, number: int, batch: Sequence[SpoolFile]) -> None:
         files = [(file.path, file.name, file.arrived, file.size) for file in batch]
         try:
-            _write(self._requests, marshal.dumps(files))
+            _write(self._requests, marshal.dumps((number, files)))
         except BrokenPipeError:
             # It died; whoever collects finds out, and asks again.
             return
@@ -180,17 +193,20 @@ class ReaderProcess:
                 data = _read_exactly(requests, _LENGTH.unpack(length)[0])
                 if data is None:
                     break
-                _write(answers, marshal.dumps(self._read_batch(marshal.loads(data))))  # noqa: S302
+                number, batch = marshal.loads(data)  # noqa: S302  # of our own parent
+                _write(answers, marshal.dumps(self._read_batch(number, batch)))
             status = 0
         except BrokenPipeError:
             status = 0
         finally:
             os._exit(status)
 
-    def _read_batch(self, batch: list[tuple[str, str, int, int]]) -> list[tuple[object, ...]]:
+    def _read_batch(
+        self, number: int, batch: list[tuple[str, str, int, int]]
+    ) -> list[tuple[object, ...]]:
         found: list[tuple[object, ...]] = []
         for index, file in enumerate(batch):
-            self._progress[:] = _LENGTH.pack(index)
+            self._progress[:] = _PROGRESS.pack(number, index)
             try:
                 found.append(_to_wire(self._reader.read_safely(SpoolFile(*file))))
             except OSError as error:
@@ -235,8 +251,6 @@ def _read_exactly(descriptor: int, size: int) -> bytearray | None:
 
 def _enlarge(descriptor: int) -> None:
     """Give a pipe a larger buffer, where the system lets us."""
-    import fcntl
-
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     except (AttributeError, OSError):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import binascii
 import encodings
 import mmap
-import pkgutil
 import re
 from collections.abc import Iterator
 from email import errors, utils
@@ -91,6 +90,9 @@ _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _CONTROLS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
 def _replace_control(found: re.Match[str]) -> str:
     return " " if found[0] in _BREAKS else "\ufffd"
 
@@ -144,6 +146,9 @@ _MAIL_CHARSETS = {
 
 @lru_cache(maxsize=1)
 def _codecs() -> dict[str, str]:
+    # Imported when first needed: most mail needs few charsets, and few processes read mail.
+    import pkgutil
+
     modules = {module.name for module in pkgutil.iter_modules(encodings.__path__)}
     known = {name: name for name in modules}
     known.update({alias: name for alias, name in _aliases.aliases.items() if name in modules})
@@ -800,7 +805,7 @@ _WORD_ROOM = 52
 
 def _encode_words(text: str) -> str:
     """Encode all of ``text`` as UTF-8 encoded words, parted by spaces."""
-    data = text.encode("utf-8", "replace")
+    data = text.encode("utf-8")
     base64 = 2 * sum(byte in _Q_SAFE or byte == 32 for byte in data) < len(data)
     words: list[str] = []
     if base64:
@@ -810,7 +815,7 @@ def _encode_words(text: str) -> str:
     piece = bytearray()
     used = 0
     for character in text:
-        char = character.encode("utf-8", "replace")
+        char = character.encode("utf-8")
         size = sum(width[byte] for byte in char)
         if used + size > room:
             words.append(word_of(bytes(piece)))
@@ -927,7 +932,7 @@ def encode_header(name: str, value: object) -> str | None:
         raise ValueError(f"the value of {name} holds a line break or a NUL")
     if not _needs_encoding(text):
         return text
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = _SURROGATES.sub("\ufffd", text)
     if name.lower() in ADDRESS_FIELDS:
         text = _encode_addresses(text)
         # What no part of an address may carry was left by the encoding of its parts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import email.utils
 import hashlib
 import re
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from email import errors, generator
+
+# What email.policy exports; that module itself takes long to load.
 from email._policybase import Policy, compat32
 from email.mime.multipart import MIMEMultipart as _StandardMultipart
 from io import BytesIO
@@ -89,10 +92,6 @@ class _Source(str):
         made.source = source
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the value and its bytes."""
-        return _Source.of, (str(self), self.source)
-
 
 class _Fields:
     """The visible fields of a message, ready for look-ups."""
@@ -114,6 +113,8 @@ class _Fields:
 
     def text(self, index: int) -> str:
         """Return the decoded value of one field."""
+        if self.texts is not None:
+            return self.texts[index][len(self.keys[index]) :]
         value = self.lines[index][len(self.keys[index]) :]
         if self.plain and "=?" not in value:
             return value
@@ -594,11 +595,16 @@ class Message(email.message.Message):
         value = self.first_raw("content-type")
         if value is None:
             raise errors.HeaderParseError("No Content-Type header found")
-        params = [pair for pair in headers.parameters(value)[1:] if pair[0].lower() != "boundary"]
         texts = [value.partition(";")[0].strip()]
-        for name, text in params:
-            plain = mime.unquote(text) if isinstance(text, str) else text
-            texts.append(email.message._formatparam(name, plain))  # type: ignore[attr-defined]
+        for name, text in headers.parameters(value)[1:]:
+            if name.lower() == "boundary":
+                continue
+            if isinstance(text, str):
+                texts.append(f"{name}={text}")
+            else:
+                charset, language, plain = text
+                quoted = email.utils.encode_rfc2231(mime.unquote(plain), charset, language)
+                texts.append(f"{name}*={quoted}")
         texts.append(f'boundary="{boundary}"')
         self.replace_header("content-type", "; ".join(texts))
 
@@ -708,12 +714,13 @@ class Message(email.message.Message):
         name, first, after = next(
             headers.field_spans(buffer, start, lines_end), (b"", start, start)
         )
-        if not name and bytes(buffer[first : min(first + 5, after)]) == b"From ":
-            # An mbox line is no field: it stays in front.
-            out.append(bytes(buffer[first:after]))
-            at = after
-        elif not name and bytes(buffer[first : min(first + 1, after)]) in (b" ", b"\t"):
+        lead = b"" if name else bytes(buffer[first : min(first + 5, after)])
+        if lead[:1] in (b" ", b"\t") and (changed or self.own_headers):
             # It would continue the last of our fields.
+            at = after
+        elif lead == b"From " and changed and not self.own_headers:
+            # An mbox line is no field, and stays in front.
+            out.append(bytes(buffer[first:after]))
             at = after
         if changed:
             out.extend(self._field_bytes(name, value, linesep) for name, value in self._headers)
@@ -759,7 +766,7 @@ class Message(email.message.Message):
 
     def _write_headers(self, writer: generator.Generator) -> None:
         """Write the header for the standard library's generator."""
-        linesep = writer._NL  # type: ignore[attr-defined]
+        linesep = writer._NL  # type: ignore[attr-defined]  # not in the stubs
         for name, value in self._pairs():
             data = self._field_bytes(name, value, linesep)
             text = re.sub("\r\n|\r|\n", linesep, data.decode("ascii", "surrogateescape"))
@@ -860,16 +867,27 @@ class Message(email.message.Message):
         state = {key: value for key, value in self.__dict__.items() if key not in self._CACHES}
         if self._buffer() is not None:
             state["_raw"] = self.raw
-            if state.get("policy") is compat32:
-                del state["policy"]
             if self._untouched_payload():
                 for key in self._PARSED:
                     state.pop(key, None)
+        if state.get("policy") is compat32:
+            del state["policy"]
+        if "_headers" in state:
+            # Plain values, so that no pickle names a class that is not public.
+            state["_headers"] = [
+                (name, str(value), value.source if isinstance(value, _Source) else None)
+                for name, value in state["_headers"]
+            ]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled."""
         self.__dict__.update(state)
+        if "_headers" in state:
+            self._headers = [
+                (name, value if source is None else _Source.of(value, source))
+                for name, value, source in state["_headers"]
+            ]
 
     def __copy__(self) -> Message:
         """Return a copy that shares what arrived and the parts, but not the list of fields."""
@@ -904,6 +922,8 @@ class _Generator(generator.BytesGenerator):
         """Write a message, or one of its parts."""
         if self._keep and isinstance(msg, Message) and msg.is_untouched():
             self._fp.write(msg.raw)
+        elif not isinstance(msg, email.message.Message):
+            self.write(str(msg))
         else:
             super().flatten(msg, unixfrom, linesep)
 

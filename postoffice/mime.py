@@ -10,7 +10,9 @@ import binascii
 import re
 from collections.abc import Iterator
 from email import errors
-from email._encoded_words import decode_b  # type: ignore[import-not-found,unused-ignore]
+
+# What email.message itself undoes base64 with.
+from email._encoded_words import decode_b  # type: ignore[import-not-found]  # not in the stubs
 from functools import lru_cache
 from typing import NamedTuple
 

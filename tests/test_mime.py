@@ -106,10 +106,6 @@ LINES = [
 ]
 
 
-def has_typed_block(raw: bytes) -> bool:
-    return b"delivery-status" in raw
-
-
 @given(
     st.lists(st.tuples(st.sampled_from(LINES), st.sampled_from([b"\n"] * 6 + [b"\r\n", b"\r"]))),
     st.booleans(),

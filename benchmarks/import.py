@@ -116,9 +116,16 @@ def child(what: str, folder: Path) -> None:
         seconds = floor(folder / "Maildir")
     else:
         seconds, counts = imported(folder)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"s": seconds, "mb": peak / 1024, "child_mb": children / 1024, **counts}))
+    reader = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    figures = {
+        "s": seconds,
+        "cpu": own.ru_utime + own.ru_stime,
+        "mb": own.ru_maxrss / 1024,
+        "child_cpu": reader.ru_utime + reader.ru_stime,
+        "child_mb": reader.ru_maxrss / 1024,
+    }
+    print(json.dumps(figures | counts))
 
 
 def run(what: str, folder: Path) -> dict[str, float]:
@@ -184,6 +191,7 @@ def compare(scratch: Path, options: argparse.Namespace) -> None:
         print(
             f"round {number + 1}: floor {least['s'] / options.mails * 1e6:5.0f} us a mail, "
             f"import {found['s'] / options.mails * 1e6:5.0f} us, ratio {ratios[-1]:.2f}, "
+            f"cpu {found['cpu']:.2f} s and reader {found['child_cpu']:.2f} s, "
             f"peak {found['mb']:.0f} MB and reader {found['child_mb']:.0f} MB"
         )
     print(

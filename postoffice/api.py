@@ -92,12 +92,19 @@ class PostOffice:
         """Give a connection with an explicit transaction manager of its own, in a transaction.
 
         What is not committed at the end is aborted.
+
+        :raises DepotUnavailable: the database cannot be opened now, or failed.
         """
         manager = TransactionManager(explicit=True)
-        connection = self.database.open(manager)
+        try:
+            connection = self.database.open(manager)
+        except POSError as error:
+            raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
         try:
             manager.begin()
             yield connection
+        except POSError as error:
+            raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
         finally:
             try:
                 # After a commit there is nothing left to abort.
@@ -139,7 +146,7 @@ class PostOffice:
                     )
             return made
 
-        made = self._committed(make)
+        made: list[str] = self._committed(make)
         for name in made:
             self.log.info("queue %r is new", name)
         return made
@@ -233,7 +240,8 @@ class PostOffice:
         raw: bytes | mmap.mmap
         if oversize:
             start = file.read(_LONGEST_HEADER)
-            header = start[: Message.from_bytes(start, own_headers=None).header_end]
+            ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
+            header = start[: min(ends, default=len(start))]
             raw = oversize_message(header, size, routing.max_message_size or 0)
         elif size < BLOB_SIZE:
             raw = file.read()
@@ -265,9 +273,7 @@ class PostOffice:
         with self.connection() as connection:
             folder = self.folder(connection)
             others = [name for name in folder.names() if name not in configured]
-            return [
-                _status(name, folder, name in configured) for name in [*configured, *others]
-            ]
+            return [_status(name, folder, name in configured) for name in [*configured, *others]]
 
     def remove_queue(self, name: str) -> None:
         """Remove a queue that holds nothing, neither waiting nor in quarantine.
@@ -280,7 +286,9 @@ class PostOffice:
         self._committed(lambda connection: self.folder(connection).remove(name))
 
     def requeue(self, name: str, ids: Sequence[str]) -> int:
-        """Put messages from quarantine behind the tail of their queue: all, or none on an error.
+        """Put messages from quarantine behind the tail of their queue, in order of arrival.
+
+        All of them, or none on an error.
 
         :raises postoffice.exceptions.QueueMissing: there is no such queue.
         :raises postoffice.exceptions.MessageMissing: one is not in its quarantine.
@@ -288,9 +296,10 @@ class PostOffice:
 
         def work(connection: Any) -> int:
             queue = Queue(self.folder(connection).get(name))
-            for id in dict.fromkeys(ids):
+            entries = {entry.id: entry.arrived for entry in map(queue.find, ids)}
+            for id in sorted(entries, key=lambda id: (entries[id], id)):
                 queue.requeue(id)
-            return len(dict.fromkeys(ids))
+            return len(entries)
 
         done: int = self._committed(work)
         return done

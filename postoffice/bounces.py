@@ -88,7 +88,6 @@ _ROLE = re.compile(
     r"|owner-.*|.*-(?:request|owner|bounces?)(?:[-+=].*)?|bounces?(?:[-+=_.].*)?"
     r"|(?:no|do[-_.]?not)[-_.]?reply(?:[-+=_.].*)?"
 )
-_BOUNCED_FIELD = re.compile(rb"^x-postoffice[ \t]*:\s*bounced\b", re.IGNORECASE | re.MULTILINE)
 
 _AUTOMATIC_FIELDS = ("Auto-Submitted", "X-Autoreply", "X-Autorespond", "X-Autoresponder")
 _AUTOMATIC_PRECEDENCE = frozenset({"bulk", "junk", "list", "auto_reply"})
@@ -347,11 +346,9 @@ def _is_null_path(path: str) -> bool:
 
 
 def _is_notice(message: Message) -> bool:
-    values = message.get_all("X-Postoffice", ())
     # A message hides such a field if the sender wrote it; as a sign of a notice it is believed.
-    return any(_keyword(value) == "bounced" for value in values) or bool(
-        _BOUNCED_FIELD.search(message.raw, 0, message.header_end)
-    )
+    values = [*message.get_all("X-Postoffice", ()), *message.written("X-Postoffice")]
+    return any(_keyword(value) == "bounced" for value in values)
 
 
 def _said_by_header(message: Message) -> str | None:

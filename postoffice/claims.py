@@ -66,7 +66,7 @@ def holder_is_gone(holder: str) -> bool:
     A holder is ``MACHINE:PID:START:NONCE``, where the machine includes its boot and the name
     space of its process ids.
     """
-    machine, pid, start, nonce = holder.rsplit(":", 3)
+    machine, pid, start, _ = holder.rsplit(":", 3)
     if machine != _MACHINE:
         host, boot, _ = machine.split("/", 2)
         mine = _MACHINE.split("/", 2)
@@ -100,12 +100,19 @@ class Claims:
         self._oid = oid
         _living[self.holder] = self
 
-    def take(self, limit: int, finished: Iterable[Place] = ()) -> list[Place]:
+    def take(
+        self,
+        limit: int,
+        finished: Iterable[Place] = (),
+        visible: Callable[[Place], bool] = lambda place: True,
+    ) -> list[Place]:
         """Claim up to `limit` of the first messages that nobody holds.
 
         What has gone from the queue and nobody looks after any more is swept out on the way.
 
         :param finished: places whose messages this consumer has taken, and committed.
+        :param visible: says whether the consumer's own transaction knows of the message at a place;
+            one that it does not know of yet is left to others.
         """
         mine = self.holder.rsplit(":", 1)[0]
         done = set(finished)
@@ -132,11 +139,15 @@ class Claims:
                         continue
                     if not free:
                         continue
+                if not visible(place):
+                    continue
                 found.append(place)
                 if len(found) >= limit:
                     break
             for place in swept:
                 record.sweep(place)
+            for lane in record.lanes:
+                lane.drop_drained_head()
             until = now + LEASE_SECONDS * 1_000_000_000
             for place in found:
                 claim = Claim(place.segment, self.holder, now, until)

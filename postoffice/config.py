@@ -96,7 +96,7 @@ class ArchivePlace(enum.Enum):
 
 
 IN_MAILDIR: Literal[ArchivePlace.IN_MAILDIR] = ArchivePlace.IN_MAILDIR
-"""The default of :attr:`Settings.archive`: a folder a day within the Maildir."""
+"""The default archive of :class:`Settings`: a folder a day within the Maildir."""
 
 
 @dataclass(frozen=True, slots=True)

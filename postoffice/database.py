@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import zc.lockfile
 import zodburi
 from ZODB.DB import DB
-from ZODB.POSException import POSError
+from ZODB.POSException import POSError, ReadOnlyError
 
 from postoffice.exceptions import DepotUnavailable
 
-__all__ = ["open_database"]
+__all__ = ["DatabaseMissing", "database_file", "open_database", "open_for_inspection"]
+
+_LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
+_SOON = 5
+
+
+class DatabaseMissing(DepotUnavailable):
+    """There is no database at this place yet."""
 
 
 def open_database(uri: str) -> DB:
@@ -22,28 +31,85 @@ def open_database(uri: str) -> DB:
     :raises DepotUnavailable: it is locked, unreachable or unreadable; the text says what and,
         for a locked file, which process holds it and how to let several processes in.
     """
+    return _open(uri, _shown(uri))
+
+
+def _open(uri: str, shown: str) -> DB:
+    """Open a database; in errors it is called `shown`."""
     try:
         storage_factory, options = zodburi.resolve_uri(uri)
     except KeyError as error:
-        raise DepotUnavailable(f"zodb_uri {_shown(uri)}: no such kind of database: {error}") from error
+        raise DepotUnavailable(
+            f"zodb_uri {shown}: no such kind of database: {error}"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
-        raise DepotUnavailable(f"zodb_uri {_shown(uri)}: {_one_line(error)}") from error
+        raise DepotUnavailable(f"zodb_uri {shown}: {_one_line(error)}") from error
     storage = None
     try:
         storage = storage_factory()
         return DB(storage, **options)
     except zc.lockfile.LockError as error:
-        raise DepotUnavailable(_locked(uri, error)) from error
+        found = _LOCKED.search(str(error))
+        raise DepotUnavailable(_locked(found[1] if found else urlsplit(uri).path, uri)) from error
+    except ReadOnlyError:
+        # A database of which not even the root is there is written to when it is opened.
+        _close(storage)
+        raise DatabaseMissing(f"database {shown} is empty") from None
     except (POSError, OSError) as error:
         _close(storage)
-        raise DepotUnavailable(f"database {_shown(uri)}: {_one_line(error)}") from error
+        raise DepotUnavailable(f"database {shown}: {_one_line(error)}{_mend(uri)}") from error
     except Exception as error:
         # A storage's own driver raises errors of its own; which, only it knows.  What is not
         # known is temporary.
         _close(storage)
         raise DepotUnavailable(
-            f"database {_shown(uri)}: {type(error).__name__}: {_one_line(error)}"
+            f"database {shown}: {type(error).__name__}: {_one_line(error)}"
         ) from error
+
+
+def open_for_inspection(uri: str) -> DB:
+    """Open a database to look at it once, and change as little as its kind allows.
+
+    Of a file nothing is written, and none is made; for a server that is not there it waits some
+    seconds only.
+
+    :raises DatabaseMissing: there is none yet.
+    :raises DepotUnavailable: as :func:`open_database`; also when another process has locked it.
+    """
+    path = database_file(uri)
+    if path is not None:
+        if not os.path.exists(path):
+            raise DatabaseMissing(f"there is no database {path} yet")
+        if _is_locked(f"{path}.lock"):
+            raise DepotUnavailable(_locked(path, uri))
+        return _open(f"file://{path}?read_only=1", path)
+    if uri.startswith("zeo://"):
+        joint = "&" if "?" in uri else "?"
+        options = dict(parse_qsl(uri.partition("?")[2]))
+        limit = "" if "wait_timeout" in options else f"&wait_timeout={_SOON}"
+        return _open(f"{uri}{joint}read_only=1{limit}", _shown(uri))
+    return open_database(uri)
+
+
+def database_file(uri: str) -> str | None:
+    """Return the path of the file of a ``file://`` URI; ``None`` for any other."""
+    if not uri.startswith("file://"):
+        return None
+    return os.path.abspath(uri.removeprefix("file://").partition("?")[0])
+
+
+def _is_locked(lock_path: str) -> bool:
+    try:
+        descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _close(storage: Any) -> None:
@@ -55,6 +121,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _mend(uri: str) -> str:
+    return "; is its server running?" if uri.startswith("zeo://") else ""
+
+
 def _shown(uri: str) -> str:
     """Return the URI without a password."""
     parts = urlsplit(uri)
@@ -63,16 +133,24 @@ def _shown(uri: str) -> str:
     return uri
 
 
-def _locked(uri: str, error: BaseException) -> str:
-    path = urlsplit(uri).path
-    holder = _holder(path + ".lock")
+def _locked(path: str, uri: str) -> str:
     folder = os.path.dirname(path)
+    blobs = dict(parse_qsl(uri.partition("?")[2])).get("blobstorage_dir") or f"{folder}/blobs"
     return (
-        f"database {path} is locked by {holder}; a FileStorage serves one process at a time. "
-        "To share it among several, serve it with ZEO and name the server in zodb_uri:\n"
-        f"    runzeo -a {folder}/zeo.sock -f {path} --blob-dir {folder}/blobs\n"
-        f"    zodb_uri = zeo://{folder}/zeo.sock?blob_dir={folder}/blobs&shared_blob_dir=true"
+        f"database {path} is locked by {_holder(path + '.lock')}; a FileStorage serves one "
+        "process at a time.  To share it, stop that process, run the first line, and write the "
+        "second into postoffice.ini and wherever the application names the database:\n"
+        f"    runzeo -C {_server_configuration(folder)}\n"
+        f"    zodb_uri = zeo://{folder}/zeo.sock?blob_dir={blobs}&shared_blob_dir=true"
     )
+
+
+def _server_configuration(folder: str) -> str:
+    for place in (os.path.dirname(folder), folder):
+        path = os.path.join(place, "zeo.conf")
+        if os.path.exists(path):
+            return path
+    return "zeo.conf    (`postoffice init DIR` writes one to start from)"
 
 
 def _holder(lock_path: str) -> str:

@@ -135,12 +135,13 @@ def prepare(
     """
     decision = route(routing, message)
     envelope = message.envelope
-    assert envelope is not None
+    if envelope is None:
+        raise ValueError("the message has no envelope")
     values: dict[str, Any] = {"way": way, "source": source, "size": size, **header_values(message)}
     values["arrived"] = envelope.arrived
     if decision.verdict is not Verdict.QUEUE:
         return Prepared(source, decision, values, None)
-    buffer = message._buffer()
+    buffer = message.buffer
     values["digest"] = raw_digest(buffer)
     if envelope.sender is not None:
         values["sender"] = envelope.sender
@@ -223,9 +224,8 @@ class Intake:
         fill: Callable[[Prepared, Blob], None],
     ) -> Result:
         decision = message.decision
-        if decision.verdict is not Verdict.QUEUE:
+        if decision.queue is None:
             return Result(message, decision, None)
-        assert decision.queue is not None
         queue = self.queue(decision.queue)
         seconds = now // 1_000_000_000
         if queue.seen(message.duplicate, seconds):
@@ -244,9 +244,7 @@ class Intake:
             values["archive"] = place
         queue.remember(message.duplicate, seconds)
         raw = message.raw
-        id = queue.add_entry(
-            values, raw if raw is not None else lambda blob: fill(message, blob)
-        )
+        id = queue.add_entry(values, raw if raw is not None else lambda blob: fill(message, blob))
         return Result(message, decision, id)
 
     @staticmethod
@@ -261,5 +259,3 @@ class Intake:
         until = arrived + int(loop.period * 1_000_000_000)
         queue.throttle_until(key, until, arrived)
         return True
-
-

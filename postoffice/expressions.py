@@ -408,11 +408,8 @@ class _Block:
         return None
 
     def _compiled(self) -> _Program | None:
-        translations = []
-        for expression in self._expressions:
-            translation = expression._translation(self._variant)
-            assert translation is not None
-            translations.append(f"(?:{translation})")
+        # Only expressions that have a translation are put into a block.
+        translations = [f"(?:{one._translation(self._variant)})" for one in self._expressions]
         source = f"{self._prefix}(?:{'|'.join(translations)})"
         return _Program.compiled(source, BLOCK_MEMORY, self._expressions[0].limit)
 

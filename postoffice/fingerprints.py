@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from postoffice.headers import Buffer
     from postoffice.message import Message
 
 __all__ = ["duplicate_digest", "raw_digest", "sender_digest", "values_digest"]
 
 
-def raw_digest(raw: bytes | memoryview) -> bytes:
+def raw_digest(raw: Buffer) -> bytes:
     """Return the sha256 of raw bytes."""
     return hashlib.sha256(raw).digest()
 

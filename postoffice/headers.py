@@ -14,7 +14,7 @@ import binascii
 import encodings
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email import errors, utils
 from encodings import aliases as _aliases
 from encodings import normalize_encoding
@@ -28,6 +28,7 @@ __all__ = [
     "Buffer",
     "Header",
     "Mailboxes",
+    "all_mailboxes",
     "clean",
     "codec",
     "decode_charset",
@@ -216,8 +217,8 @@ def decode_header(value: str | None) -> str | None:
     """Return the text that a field's value stands for; ``None`` for ``None``.
 
     Encoded words are decoded (RFC 2047), malformed ones as far as they go, the white space between
-    two of them dropped (section 6.2).  Line breaks are removed (RFC 5322, 2.2.3), and what
-    :func:`clean` replaces is replaced.
+    two of them dropped (section 6.2).  Line breaks are removed (RFC 5322, 2.2.3), and
+    control characters are replaced.
     """
     if value is None:
         return None
@@ -791,6 +792,17 @@ def mailboxes(value: str) -> Mailboxes:
     is left out, and so is one without a domain.  ``value`` is unfolded.
     """
     return _cached_mailboxes(value) if len(value) <= _CACHED_LENGTH else _mailboxes(value)
+
+
+def all_mailboxes(values: Sequence[str]) -> Mailboxes:
+    """Return what all these values of address fields address, in order."""
+    if len(values) == 1:
+        return mailboxes(values[0])
+    found = [mailboxes(value) for value in values]
+    return Mailboxes(
+        tuple(address for one in found for address in one.addresses),
+        tuple(host for one in found for host in one.hosts),
+    )
 
 
 # -- writing ---------------------------------------------------------------------------------------

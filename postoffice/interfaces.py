@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime, timedelta
+from email.message import Message as AnyMessage
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from zope.interface import Attribute, Interface
 
-__all__ = ["EVENT_KINDS", "Event", "IEventSink", "IFilter", "IQueue"]
+if TYPE_CHECKING:
+    from postoffice.depot.entry import Entry, ErrorText
+    from postoffice.message import Message
+
+__all__ = ["EVENT_KINDS", "Event", "IEventSink", "IFilter", "IQueue", "Send"]
 
 #: The kinds of events, each with its meaning.
 EVENT_KINDS = {
@@ -17,6 +24,10 @@ EVENT_KINDS = {
     "requeued": "the message went from quarantine behind the tail of its queue",
     "discarded": "the message was removed from quarantine for good",
 }
+
+
+#: ``send(fromaddr, toaddrs, message)``, as repoze.sendmail's deliveries have it.
+Send: TypeAlias = Callable[[str, list[str], Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +92,13 @@ class IQueue(Interface):
 
     name = Attribute("The queue's name, as in ``[queue:NAME]``.")
 
-    def add(message: object) -> int:
+    def add(message: AnyMessage | bytes) -> int:
         """Put a message behind the tail and return its id.
 
         `message` is a :class:`postoffice.message.Message`, any ``email.message.Message``, or bytes.
         """
 
-    def pop_next() -> object:
+    def pop_next() -> Message:
         """Take the first message out of the queue and return it.
 
         It sees what its own transaction has added.
@@ -95,7 +106,7 @@ class IQueue(Interface):
         :raises postoffice.exceptions.QueueEmpty: there is none to take now.
         """
 
-    def peek() -> object:
+    def peek() -> Message:
         """Return the message that ``pop_next`` would take, and leave it there.
 
         :raises postoffice.exceptions.QueueEmpty: there is none to take now.
@@ -107,42 +118,51 @@ class IQueue(Interface):
     def __bool__() -> bool:
         """Return whether there is a message to take now."""
 
-    def __iter__() -> object:
+    def __iter__() -> Iterator[Message]:
         """Iterate over the messages in order, without removing any."""
 
-    def entries(after_id: int | None, limit: int, state: str) -> object:
+    def entries(
+        after_id: int | None = None, limit: int | None = None, state: str = "queued"
+    ) -> Iterator[Entry]:
         """List entries in order: at most `limit` of those after `after_id` in this state.
 
         Reads no bodies.
         """
 
-    def is_duplicate(message: object) -> bool:
+    def is_duplicate(message: AnyMessage) -> bool:
         """Tell whether the same message came to this queue within 24 hours.
 
         The same: Message-ID, original recipient and body agree.
         """
 
-    def collect_frequency_data(message: object, headers: object) -> None:
+    def collect_frequency_data(message: AnyMessage, headers: Sequence[str] | None = None) -> None:
         """Remember the arrival of a message from its sender, with the values of `headers`."""
 
-    def get_instantaneous_frequency(user: str, now: object, headers: object) -> float:
+    def get_instantaneous_frequency(
+        user: str, now: datetime, headers: Mapping[str, str] | None = None
+    ) -> float:
         """Return messages a minute by the time since the sender's last message; 0.0 if none."""
 
-    def get_average_frequency(user: str, now: object, interval: object, headers: object) -> float:
+    def get_average_frequency(
+        user: str,
+        now: datetime,
+        interval: timedelta,
+        headers: Mapping[str, str] | None = None,
+    ) -> float:
         """Return messages a minute over `interval` (a ``timedelta``) until `now`."""
 
-    def throttle(user: str, until: object, headers: object) -> None:
+    def throttle(user: str, until: datetime, headers: Mapping[str, str] | None = None) -> None:
         """Mark a sender as throttled until a ``datetime``."""
 
-    def is_throttled(user: str, now: object, headers: object) -> bool:
+    def is_throttled(user: str, now: datetime, headers: Mapping[str, str] | None = None) -> bool:
         """Tell whether a sender is throttled at `now`."""
 
     def bounce(
-        message: object,
-        send: object,
+        message: AnyMessage,
+        send: Send,
         bounce_from_addr: str,
-        bounce_reason: str | None,
-        bounce_message: object,
+        bounce_reason: str | None = None,
+        bounce_message: AnyMessage | None = None,
     ) -> bool:
         """Send a notice to the envelope sender, if RFC 3834 allows one; return whether it does.
 
@@ -153,7 +173,12 @@ class IQueue(Interface):
         :raises ValueError: both a reason and a message were given.
         """
 
-    def quarantine(message: object, error: object, send: object, notice_from: str | None) -> int:
+    def quarantine(
+        message: AnyMessage,
+        error: Any,
+        send: Send | None = None,
+        notice_from: str | None = None,
+    ) -> int:
         """Move a message to quarantine, with the text of its error, and return its id.
 
         `error` is ``sys.exc_info()``, an exception, or a string.  The message may have been taken
@@ -164,10 +189,10 @@ class IQueue(Interface):
         :raises ValueError: `send` without `notice_from`.
         """
 
-    def get_quarantined_messages() -> object:
+    def get_quarantined_messages() -> Iterator[tuple[Message, ErrorText]]:
         """Iterate over pairs of message and error, in the order of the messages' ids."""
 
-    def get_quarantined_message(id: int | str) -> object:
+    def get_quarantined_message(id: int | str) -> Message:
         """Return one message from quarantine.
 
         :raises postoffice.exceptions.MessageMissing: it is not there; also a :exc:`KeyError`.
@@ -176,7 +201,7 @@ class IQueue(Interface):
     def count_quarantined_messages() -> int:
         """Return the number of messages in quarantine."""
 
-    def remove_from_quarantine(message: object) -> None:
+    def remove_from_quarantine(message: AnyMessage) -> None:
         """Discard a message from quarantine, for good.
 
         :raises postoffice.exceptions.MessageMissing: it is not there; also a :exc:`ValueError`.

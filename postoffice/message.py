@@ -96,7 +96,7 @@ class _Source(str):
 class _Fields:
     """The visible fields of a message, ready for look-ups."""
 
-    __slots__ = ("encoded", "keys", "lines", "plain", "texts")
+    __slots__ = ("boxes", "encoded", "keys", "lines", "plain", "texts")
 
     def __init__(self, keys: list[str], lines: list[str], plain: bool) -> None:
         self.keys = keys
@@ -105,6 +105,8 @@ class _Fields:
         self.plain = plain
         self.encoded = "=?" in "\n".join(lines)
         self.texts: list[str] | None = None
+        # What the address fields hold, by key: filters ask for the same ones again and again.
+        self.boxes: dict[str, headers.Mailboxes] = {}
 
     def raw(self, index: int) -> str:
         """Return the value of one field with its encoded words undecoded."""
@@ -257,6 +259,12 @@ class Message(email.message.Message):
         return bytes(buffer[start:end])
 
     @property
+    def buffer(self) -> Buffer:
+        """What arrived, in the form in which it was given: bytes, or a map or view of them."""
+        buffer = self._buffer()
+        return self.as_bytes() if buffer is None else buffer
+
+    @property
     def header_end(self) -> int:
         """The offset in :attr:`raw` at which the body starts."""
         if self._buffer() is not None:
@@ -391,6 +399,18 @@ class Message(email.message.Message):
                 own = [f"{name}: {headers.clean(value)}" for name, value in self.own_headers]
                 lines = own + lines
         return _Fields(keys, lines, block.plain)
+
+    def written(self, name: str) -> list[str]:
+        """Return the decoded values of all fields of the name that arrived, forged ones too.
+
+        Forged is what is named like ours and was not set by us; no other method shows it.
+        """
+        if self._buffer() is None:
+            return self.get_all(name) or []
+        block = self._block()
+        key = f"{name.lower()}: "
+        found = zip(block.keys, block.lines, strict=True)
+        return [decode_header(line[len(key) :]) or "" for other, line in found if other == key]
 
     def header_texts(self) -> list[str]:
         """Return ``Name: decoded value`` of each visible field in order, ours first.
@@ -812,26 +832,28 @@ class Message(email.message.Message):
             if other == key
         ]
 
+    def _boxes(self, name: str) -> headers.Mailboxes:
+        key = f"{name.lower()}: "
+        boxes = self._fields().boxes if key not in _TRACE else {}
+        found = boxes.get(key)
+        if found is None:
+            found = boxes[key] = headers.all_mailboxes(self._address_values(name))
+        return found
+
     def addresses(self, name: str) -> tuple[str, ...]:
         """Return the addr-specs in all fields of the name (RFC 5322, 3.4).
 
         What cannot be parsed gives none.  Of X-Original-To, Delivered-To and Return-Path only the
         topmost field counts, and a known envelope goes before it.
         """
-        values = self._address_values(name)
-        if len(values) == 1:
-            return headers.mailboxes(values[0]).addresses
-        return tuple(a for value in values for a in headers.mailboxes(value).addresses)
+        return self._boxes(name).addresses
 
     def hostnames(self, name: str) -> tuple[str, ...]:
         """Return the domains of :meth:`addresses`, in the form in which they are compared.
 
         Lower case, no trailing dot, A-labels for international names; address literals as they are.
         """
-        values = self._address_values(name)
-        if len(values) == 1:
-            return headers.mailboxes(values[0]).hosts
-        return tuple(host for value in values for host in headers.mailboxes(value).hosts)
+        return self._boxes(name).hosts
 
     @property
     def message_id(self) -> str:

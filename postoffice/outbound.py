@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from postoffice.interfaces import Send
 
 if TYPE_CHECKING:
     from postoffice.bounces import Notice
 
-__all__ = ["Send", "hand_over"]
+__all__ = ["hand_over"]
 
 log = logging.getLogger("postoffice")
-
-#: ``send(fromaddr, toaddrs, message)``
-Send = Callable[[str, list[str], Any], Any]
 
 
 def hand_over(notice: Notice, send: Send | Any, transaction: Any) -> None:

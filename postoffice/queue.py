@@ -37,23 +37,24 @@ from postoffice.database import open_database
 from postoffice.depot.durability import BlobDurability
 from postoffice.depot.entry import DISCARDED, DONE, QUARANTINED, QUEUED, Body, Entry, ErrorText
 from postoffice.depot.folder import find_folder
-from postoffice.depot.history import ArrivalIndex, DuplicateIndex
+from postoffice.depot.history import ArrivalIndex, DuplicateIndex, duplicate_record
 from postoffice.depot.ids import new_id
 from postoffice.depot.lane import LANES, Place
 from postoffice.depot.queue import QueueRecord
 from postoffice.exceptions import MessageMissing, MessageTaken, QueueEmpty
 from postoffice.fingerprints import duplicate_digest, raw_digest, sender_digest, values_digest
-from postoffice.interfaces import IEventSink, IQueue
-from postoffice.loops import average_frequency, instantaneous_frequency
+from postoffice.headers import mailboxes
+from postoffice.interfaces import IEventSink, IQueue, Send
+from postoffice.loops import MAX_SENDER, average_frequency, instantaneous_frequency
 from postoffice.message import Envelope, Message
-from postoffice.outbound import Send, hand_over
+from postoffice.outbound import hand_over
 
 __all__ = ["BLOB_SIZE", "ClosingPair", "Queue", "QueueEmpty", "find_queue", "open_queue"]
 
 log = logging.getLogger("postoffice")
 
 #: Bodies of this many bytes and more are blobs; see docs/concepts for what was measured.
-BLOB_SIZE = 128 * 1024
+BLOB_SIZE = 256 * 1024
 
 _MOST_AT_ONCE = 50
 _HEADER_LENGTH = 200
@@ -143,19 +144,28 @@ def find_queue(dbroot: Any, queue_name: str, path: str = "postoffice") -> Queue:
     :raises postoffice.exceptions.FolderMissing: there is no depot at this path.
     :raises postoffice.exceptions.QueueMissing: there is no such queue.
     """
-    return Queue(find_folder(dbroot, path).get(queue_name))
+    record = find_folder(dbroot, path).get(queue_name)
+    if record._p_jar is None:
+        # Made in this very transaction.
+        dbroot._p_jar.add(record)
+    return Queue(record)
 
 
 class _Work:
     """What a queue has done in one transaction."""
 
     def __init__(self) -> None:
+        # What may still be taken of what was added; what was taken; claims on what has gone.
         self.added: list[tuple[Place, Entry]] = []
         self.taken: dict[Place, Entry] = {}
-        self.messages: list[weakref.ref[Message]] = []
+        self.passed: list[Place] = []
+        self.messages: list[tuple[weakref.ref[Message], Entry]] = []
+        self.last_words: list[tuple[weakref.ref[Message], Entry]] = []
         self.stored: list[Entry | Body] = []
         self.durability: BlobDurability | None = None
         self.indexed: set[str] = set()
+        self.added_unindexed = False
+        self.index_is_ahead = False
         self.ended = False
 
 
@@ -177,10 +187,11 @@ class Queue:
         self._claims: Claims | None = None
         self._ready: list[Place] = []
         self._finished: list[Place] = []
-        self._claimed_by: _Work | None = None
+        self._watches_close = False
         self._added: list[Entry | Body] = []
         self._batch = 1
         self._duplicates: DuplicateIndex | None = None
+        self._looks_for_duplicates = False
         self._arrivals: ArrivalIndex | None = None
 
     # -- the transaction ---------------------------------------------------------------------------
@@ -195,6 +206,7 @@ class Queue:
         except KeyError:
             found = _Work()
             current.set_data(self, found)
+            current.addBeforeCommitHook(self._before_commit, (found,))
             current.addAfterCommitHook(self._ended, (found,))
             current.addAfterAbortHook(self._ended, (False, found))
         return found
@@ -203,26 +215,64 @@ class Queue:
         if work.ended:
             return
         work.ended = True
-        for reference in work.messages:
-            message = reference()
-            if message is not None:
-                message.entry = None if committed else message.entry
+        if work.index_is_ahead:
+            self._duplicates = None
         if committed:
+            for reference, entry in work.last_words:
+                message = reference()
+                if message is not None:
+                    message.entry = entry
             self._added = work.stored
         if self._claims is None:
             return
         if committed:
-            self._claims.held.difference_update(work.taken)
+            self._claims.held.difference_update(work.taken, work.passed)
             self._finished.extend(work.taken)
-            if work.taken and not self._ready:
-                self._batch = min(self._batch * 2, _MOST_AT_ONCE)
-        else:
+            self._finished.extend(work.passed)
+        if not committed or not work.taken:
             self.release()
+        elif not self._ready:
+            self._batch = min(self._batch * 2, _MOST_AT_ONCE)
+
+    def _before_commit(self, work: _Work) -> None:
+        self._settle(work)
+        for reference, entry in work.messages:
+            if reference() is not None and entry.state == DONE:
+                # Others may read and sweep the entry itself from now on.
+                values = {name: value for name, value in vars(entry).items() if name != "body"}
+                work.last_words.append((reference, Entry(values)))
+
+    def _settle(self, work: _Work) -> None:
+        """Take note of what a rollback to a savepoint has put back."""
+        back = [place for place in work.passed if self._live(place) is not None]
+        if back:
+            work.passed = [place for place in work.passed if place not in back]
+        while work.taken:
+            place, entry = next(reversed(work.taken.items()))
+            if entry.state != QUEUED:
+                break
+            del work.taken[place]
+            if self._claims is not None and place in self._claims.held:
+                back.append(place)
+            else:
+                work.added.insert(0, (place, entry))
+        if back:
+            self._ready = sorted([*back, *self._ready], key=lambda place: place.position)
+
+    def _live(self, place: Place) -> Entry | None:
+        lane = self.record.lanes[place.lane]
+        entry = lane.get(place)
+        return entry if lane.live(entry, place.position) else None
+
+    def _closed(self) -> None:
+        self._watches_close = False
+        self.release()
 
     def release(self) -> None:
         """Give back at once what this object holds for messages to come.
 
-        Called by itself after an abort and when the connection is closed.
+        Called by itself when the connection is closed, and after a transaction that was aborted or
+        took nothing.
         """
         self._ready.clear()
         self._batch = 1
@@ -238,55 +288,53 @@ class Queue:
     def pop_next(self) -> Message:
         """See :meth:`postoffice.interfaces.IQueue.pop_next`."""
         work = self._work()
-        place, entry = self._next(work)
-        entry.change(DONE, "taken", "taken", time.time_ns(), self.event_sink)
-        work.taken[place] = entry
+        head = self._head(work)
+        if head is None:
+            raise QueueEmpty(f"no message to take from queue {self.name!r} now")
+        place, entry = head
         message = self.message(entry)
-        work.messages.append(weakref.ref(message))
+        entry.change(DONE, "taken", "taken", time.time_ns(), self.event_sink)
+        if self._ready and self._ready[0] == place:
+            del self._ready[0]
+        else:
+            # Added in this transaction: nobody has a claim on it, so nobody would sweep it out.
+            work.added.remove((place, entry))
+            self.record.sweep(place)
+        work.taken[place] = entry
+        work.messages.append((weakref.ref(message), entry))
         return message
 
-    def _next(self, work: _Work) -> tuple[Place, Entry]:
-        while work.taken:
-            place = next(reversed(work.taken))
-            if work.taken[place].state != QUEUED:
-                break
-            # A rollback to a savepoint put it back.
-            del work.taken[place]
-            self._ready.insert(0, place)
-        while True:
-            while self._ready:
-                place = self._ready[0]
-                lane = self.record.lanes[place.lane]
-                entry = lane.get(place)
-                if entry is None and self._claimed_by is work:
-                    # Committed after this transaction began; the next one sees it.
-                    return self._next_added(work)
-                del self._ready[0]
-                if entry is not None and lane.live(entry, place.position):
-                    return place, entry
-                self._finished.append(place)
-            if not self._claim(self._batch, work):
-                return self._next_added(work)
-
-    def _next_added(self, work: _Work) -> tuple[Place, Entry]:
-        for index, (place, entry) in enumerate(work.added):
-            lane = self.record.lanes[place.lane]
-            if lane.live(lane.get(place), place.position):
-                del work.added[index]
+    def _head(self, work: _Work) -> tuple[Place, Entry] | None:
+        """Return what is to be taken next: what is claimed, or else what was added just now."""
+        self._settle(work)
+        while self._ready or self._claim(work):
+            place = self._ready[0]
+            entry = self._live(place)
+            if entry is not None:
                 return place, entry
-        raise QueueEmpty(f"no message to take from queue {self.name!r} now")
+            # An abort may bring it back, so it is swept after the commit.
+            work.passed.append(self._ready.pop(0))
+        for place, entry in work.added:
+            if self._live(place) is not None:
+                return place, entry
+        return None
 
-    def _claim(self, limit: int, work: _Work) -> bool:
-        if self._claims is None:
-            self._claims = Claims(self._connection, self.record._p_oid)
+    def _claim(self, work: _Work) -> bool:
         if self.record._p_serial == b"\0" * 8:
             # Made in this very transaction; nobody else can know of it.
             return False
-        if not self._claims.held:
-            self._connection.onCloseCallback(self.release)
+        if self._claims is None:
+            self._claims = Claims(self._connection, self.record._p_oid)
+        if not self._watches_close:
+            self._connection.onCloseCallback(self._closed)
+            self._watches_close = True
         finished, self._finished = self._finished, []
-        self._ready.extend(self._claims.take(limit, finished))
-        self._claimed_by = work
+        lanes = self.record.lanes
+        self._ready.extend(
+            self._claims.take(
+                self._batch, finished, lambda place: lanes[place.lane].get(place) is not None
+            )
+        )
         return bool(self._ready)
 
     def peek(self) -> Message:
@@ -301,15 +349,15 @@ class Queue:
         mine = self._claims.holder if self._claims is not None else None
         for place, entry in self.record.walk():
             lane = self.record.lanes[place.lane]
-            if not lane.live(entry, place.position) or entry.not_before > now:
-                continue
             claim = lane.claims.get(place.position)
-            if claim is None or claim[3] <= now or claim[1] == mine or holder_is_gone(claim[1]):
+            if (
+                claim is None or claim[3] <= now or claim[1] == mine or holder_is_gone(claim[1])
+            ) and lane.live(entry, place.position):
                 yield entry
 
     def __bool__(self) -> bool:
         """See :meth:`postoffice.interfaces.IQueue.__bool__`."""
-        return next(self._free(), None) is not None
+        return self._head(self._work()) is not None
 
     def __len__(self) -> int:
         """See :meth:`postoffice.interfaces.IQueue.__len__`."""
@@ -438,10 +486,12 @@ class Queue:
     # -- duplicates and rates ----------------------------------------------------------------------
 
     def _duplicate_index(self) -> DuplicateIndex:
+        work = self._work()
         index = self._duplicates
         if index is None:
             index = self._duplicates = DuplicateIndex(self.record.duplicates, LANES)
-        work = self._work()
+            self._looks_for_duplicates = True
+            work.index_is_ahead = work.added_unindexed
         if "duplicates" not in work.indexed:
             work.indexed.add("duplicates")
             index.begin()
@@ -470,7 +520,14 @@ class Queue:
         self._remember_duplicate(digest, seconds)
 
     def _remember_duplicate(self, digest: bytes, seconds: int) -> None:
-        self._duplicate_index().add(digest, seconds, self.record.lane_number)
+        if self._looks_for_duplicates:
+            self._duplicate_index().add(digest, seconds, self.record.lane_number)
+        else:
+            # Who only adds need not read a day's history first.
+            self._work().added_unindexed = True
+            self.record.duplicates.append(
+                duplicate_record(digest, seconds), seconds, self.record.lane_number, _DAY
+            )
 
     def collect_frequency_data(
         self, message: email.message.Message, headers: Sequence[str] | None = None
@@ -479,9 +536,8 @@ class Queue:
         own = _as_message(message)
         arrived = own.envelope.arrived if own.envelope is not None else time.time_ns()
         values = values_digest([(name, own.get(name) or "") for name in headers or ()])
-        self.arrived(
-            sender_digest(own.get("From") or ""), values, arrived, int(time.time()), keep=_DAY
-        )
+        sender = sender_digest(_sender(own.get("From") or ""))
+        self.arrived(sender, values, arrived, int(time.time()), keep=_DAY)
 
     def arrived(
         self, sender: bytes, values: bytes, arrived: int, seconds: int, keep: int
@@ -514,7 +570,7 @@ class Queue:
 
     def _times(self, user: str, headers: Mapping[str, str] | None) -> list[int]:
         values = values_digest(list(headers.items())) if headers else None
-        return self.arrivals(sender_digest(user), values)
+        return self.arrivals(sender_digest(_sender(user)), values)
 
     def throttle(
         self, user: str, until: datetime, headers: Mapping[str, str] | None = None
@@ -577,6 +633,7 @@ class Queue:
         self.record.put_quarantine(entry)
         own.id = message.id = entry.id  # type: ignore[attr-defined]  # any message may carry it
         own.queue_name = self.name
+        own.entry = entry
         if send is not None and notice_from is not None:
             notice = compose_quarantine_notice(own, notice_from, datetime.now(UTC))
             if notice is not None:
@@ -598,11 +655,13 @@ class Queue:
                 return entry
             if self.record.get_quarantine(message.id) is not None:
                 raise MessageTaken(f"message {message.id} is in quarantine already")
-            if message.entry is not None:
+            if message.entry is not None and message.entry._p_jar is not None:
                 raise MessageTaken(f"another consumer took message {message.id} meanwhile")
-        now = time.time_ns()
-        entry = Entry(describe(message, now, way="application"))
+        entry = Entry(describe(message, time.time_ns(), way="application"))
         entry.id = entry.position = message.id if message.id is not None else new_id()
+        if message.id is not None and isinstance(message.entry, Entry):
+            # Its taking is committed, and this is what was known of it then.
+            entry = Entry(vars(message.entry))
         entry.body = self._body(work, message.raw)
         return entry
 
@@ -691,7 +750,7 @@ def header_values(message: Message) -> dict[str, str]:
 
 
 class _LargeBody:
-    """Reads a large body when it is asked for, through a descriptor that outlives the connection."""
+    """Reads a large body when asked, through a descriptor that outlives the connection."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "rb", buffering=0)
@@ -730,7 +789,13 @@ def _nanoseconds(when: datetime) -> int:
 
 
 def _throttle_key(user: str, headers: Mapping[str, str] | None) -> bytes:
-    return sender_digest(user) + values_digest(list((headers or {}).items()))
+    return sender_digest(_sender(user)) + values_digest(list((headers or {}).items()))
+
+
+def _sender(user: str) -> str:
+    """Return who a From header's value stands for, as the intake counts senders."""
+    addresses = mailboxes(user).addresses
+    return (addresses[0] if addresses else user.strip())[:MAX_SENDER].lower()
 
 
 def _error_text(error: Any) -> ErrorText:
@@ -752,5 +817,5 @@ def _text_of(value: Any) -> str:
         return ""
     try:
         return str(value)
-    except Exception as error:  # noqa: BLE001  # an application's __str__ may raise anything
+    except Exception as error:  # an application's __str__ may raise anything
         return f"(unprintable: {type(error).__name__})"

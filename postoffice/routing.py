@@ -275,15 +275,7 @@ def _is_from_its_recipient(message: Message) -> bool:
 def _has_come_back(message: Message) -> bool:
     # The field is not visible where the message shows ours: its sender may have written it.  As a
     # sign of a notice of ours it is believed, since nobody gains by having mail discarded.
-    buffer = message._buffer() if message.own_headers is not None else None
-    if buffer is None:
-        values = message.get_all("X-Postoffice", ())
-    else:
-        # A copy of the header alone: the buffer may be the map of a large file.
-        header = bytes(buffer[: message.header_end])
-        if b"x-postoffice" not in header.lower():
-            return False
-        values = Message.from_bytes(header, own_headers=None).get_all("X-Postoffice", ())
+    values = message.written("X-Postoffice")
     return any(value.strip().lower() == "bounced" for value in values)
 
 

@@ -15,6 +15,7 @@ from email.generator import BytesGenerator
 from email.mime.text import MIMEText
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,7 @@ def read_everything(message: Message) -> None:
         part.as_string()
         assert part.items() is not None
         assert list(part.defects) is not None
+        assert isinstance(part, Message)
         assert part.raw is not None
     assert str(message).encode("utf-8") is not None
 
@@ -579,7 +581,7 @@ def test_composing() -> None:
 
 
 @pytest.mark.parametrize("payload", [None, "Grüße \ud800 \udcff", b"\xff", 17, ""])
-def test_any_payload_is_written(payload: object) -> None:
+def test_any_payload_is_written(payload: Any) -> None:
     """as_bytes and as_string of a composed message do not raise, whatever its payload."""
     for kind in (
         "text/plain",

@@ -59,11 +59,28 @@ class Invocation:
         from postoffice.api import PostOffice
 
         settings = self.settings()
-        with self.logging(settings), PostOffice(settings) as post_office:
+        with self.logs(settings), PostOffice(settings) as post_office:
             yield post_office
 
     @contextmanager
-    def logging(self, settings: Settings) -> Iterator[None]:
+    def existing_depot(self) -> Iterator[PostOffice]:
+        """Give the post office as :meth:`post_office` does, but make no database of a file.
+
+        :raises postoffice.exceptions.FolderMissing: there is none yet.
+        """
+        from postoffice.database import database_file
+        from postoffice.exceptions import FolderMissing
+
+        with self.post_office() as post_office:
+            path = database_file(post_office.settings.zodb_uri)
+            if path is not None and not os.path.exists(path):
+                raise FolderMissing(
+                    f"there is no database {path} yet; `postoffice import` makes it"
+                )
+            yield post_office
+
+    @contextmanager
+    def logs(self, settings: Settings) -> Iterator[None]:
         """Log as the file says, or else to standard error.
 
         Warnings and errors always, and with ``-v`` a line for each message.

@@ -31,7 +31,8 @@ __all__ = [
     "size",
 ]
 
-_GIVES = 1024
+_KILO = 1024
+_WIDEST = 40
 
 
 class Failure(click.ClickException):
@@ -113,6 +114,11 @@ def _print_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> No
 
     lines = [[column.heading for column in columns], *rows]
     widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
+    # One long subject shall not push a column away from all others.
+    widths = [
+        min(width, _WIDEST) if column.share else width
+        for column, width in zip(columns, widths, strict=True)
+    ]
     for line in lines:
         cells = []
         for column, cell, width in zip(columns, line, widths, strict=True):
@@ -157,12 +163,12 @@ def age(nanoseconds: int, now: int) -> str:
 
 def size(number: int) -> str:
     """Return a number of bytes for a person; a KB is 1,024 as it is in the configuration."""
-    if number < _GIVES:
+    if number < _KILO:
         return f"{number} B"
     shown = float(number)
     for unit in ("KB", "MB", "GB"):
-        shown /= _GIVES
-        if shown < _GIVES:
+        shown /= _KILO
+        if shown < _KILO:
             break
     return f"{shown:.1f} {unit}"
 

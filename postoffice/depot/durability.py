@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["BlobDurability", "sync_folder"]
 
 
+# Folders that this process has seen written to the disk, in the folders above them.
+_durable: set[str] = set()
+_MOST_KNOWN = 100_000
+
+
 def sync_folder(path: str) -> None:
     """Have the entries of a folder written to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -48,6 +53,7 @@ class BlobDurability:
         self.transaction_manager = connection.transaction_manager
         self._helper = getattr(connection.db().storage, "fshelper", None)
         self._blobs: list[Blob] = []
+        self._made: set[str] = set()
 
     def watch(self, blob: Blob) -> None:
         """Take care of one new blob."""
@@ -82,15 +88,20 @@ class BlobDurability:
             for name in os.listdir(folder):
                 if name.endswith(".blob"):
                     _sync_file(os.path.join(folder, name))
-            while folder not in folders and len(folder) > len(base):
-                folders.add(folder)
+            folders.add(folder)
+            # A folder that is new has to be written in the one above, up to one that is known.
+            while len(folder) > len(base) and folder not in _durable:
+                self._made.add(folder)
                 folder = os.path.dirname(folder)
-            folders.add(base)
+                folders.add(folder)
         for folder in folders:
             sync_folder(folder)
 
     def tpc_finish(self, transaction: Any) -> None:
         """See ``IDataManager``; all was done at the vote."""
+        if len(_durable) > _MOST_KNOWN:
+            _durable.clear()
+        _durable.update(self._made)
         self._blobs.clear()
 
     def tpc_abort(self, transaction: Any) -> None:

@@ -101,7 +101,7 @@ class Entry(Persistent):
     changed = 0
     not_before = 0
     attempts = 0
-    last_error: tuple[str, str, str] | None = None
+    last_error: tuple[str, ...] | None = None
     archive = ""
     oversize = False
     extra: dict[str, Any] | None = None
@@ -158,7 +158,6 @@ class Entry(Persistent):
 
         It goes on reading when the connection is closed and even when the database is packed.
         """
-        body = self.body
-        assert isinstance(body, Blob)
-        with body.open("r") as file:
+        blob: Any = self.body
+        with blob.open("r") as file:
             return os.dup(file.fileno())

@@ -132,8 +132,7 @@ def _keys(here: Any) -> list[Any]:
 def _checked(folder: Any, path: str) -> QueuesFolder:
     if not isinstance(folder, QueuesFolder):
         kind = type(folder)
-        name = getattr(folder, "__Broken_state__", None) is not None and "a broken object" or ""
-        told = name or f"{kind.__module__}.{kind.__name__}"
+        told = f"an object of {kind.__module__}.{kind.__name__}"
         if kind.__module__.startswith("repoze.postoffice"):
             told = "data of repoze.postoffice"
         raise DepotFormatError(

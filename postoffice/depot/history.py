@@ -27,6 +27,7 @@ __all__ = [
     "DuplicateIndex",
     "HistoryLog",
     "Throttles",
+    "duplicate_record",
 ]
 
 log = logging.getLogger("postoffice")
@@ -152,7 +153,7 @@ class _Index:
         self._pending.clear()
         numbers = self.history.numbers()
         for number in [known for known in self._read if known not in set(numbers)]:
-            del self._read[number]
+            self._read.pop(number, None)
             self._forget(number)
         for number in numbers:
             read = self._read.get(number)
@@ -189,7 +190,7 @@ class _Index:
         self._pending.setdefault(key, []).append((chunk, offset))
 
     def _pended(self, key: bytes, record: slice) -> Iterator[bytes]:
-        """Records added in this transaction that no rollback to a savepoint has undone."""
+        """Iterate over this transaction's records that no rollback to a savepoint has undone."""
         for chunk, offset in self._pending.get(key, ()):
             data = chunk.data[offset : offset + self.history.width]
             if data[: len(key)] == key:
@@ -200,6 +201,11 @@ class _Index:
 
     def _forget(self, number: int) -> None:
         raise NotImplementedError  # abstract, like _take
+
+
+def duplicate_record(digest: bytes, seconds: int) -> bytes:
+    """Return the record of a digest of 16 bytes that came at this time."""
+    return digest + seconds.to_bytes(4, "big")
 
 
 class DuplicateIndex(_Index):
@@ -219,10 +225,8 @@ class DuplicateIndex(_Index):
 
     def add(self, digest: bytes, seconds: int, lane: int) -> None:
         """Remember a digest; undone when the transaction aborts."""
-        record = digest + seconds.to_bytes(4, "big")
-        self._remember(
-            digest, *self.history.append(record, seconds, lane, keep=DUPLICATE_SECONDS)
-        )
+        record = duplicate_record(digest, seconds)
+        self._remember(digest, *self.history.append(record, seconds, lane, keep=DUPLICATE_SECONDS))
 
     def _take(self, number: int, data: bytes) -> None:
         seen = self._seen

@@ -100,7 +100,8 @@ class Lane(Persistent):
         begins last before the position is only the most likely one.
         """
         segments = self.segments
-        key = segments.maxKey(position) if position > _SENTINEL else _SENTINEL
+        # There is not even the sentinel in a lane that was closed.
+        key = segments.maxKey(position) if position > _SENTINEL and segments else _SENTINEL
         if key and position in segments[key]:
             return int(key)
         for other in segments.keys(_FIRST):
@@ -112,7 +113,7 @@ class Lane(Persistent):
         """Iterate over segment, position and entry from the head, or behind a position."""
         segments = self.segments
         start = _FIRST
-        if after:
+        if after and segments:
             start = segments.maxKey(after) or _FIRST
         for key, segment in segments.items(start):
             for position, entry in segment.items(after + 1):
@@ -143,13 +144,21 @@ class Lane(Persistent):
             segment.clear()
             del self.segments[key]
 
+    def drop_drained_head(self) -> None:
+        """Unlink drained segments at the head that were the last ones when they were drained."""
+        segments = self.segments
+        last = segments.maxKey() if segments else _SENTINEL
+        while last and (key := segments.minKey(_FIRST)) != last and len(segments[key]) == 1:
+            self.drop_drained(key)
+
     def gone(self) -> int:
         """Return how many entries are still in segments though they have left the queue."""
-        return sum(
-            1
-            for position, claim in self.claims.items(_FIRST)
-            if not self.live(self.get(Place(0, claim[0], position)), position)
-        )
+        count = 0
+        for position, claim in self.claims.items(_FIRST):
+            entry = self.get(Place(0, claim[0], position))
+            if entry is not None and not self.live(entry, position):
+                count += 1
+        return count
 
     @staticmethod
     def live(entry: Entry | None, position: int) -> bool:
@@ -157,7 +166,7 @@ class Lane(Persistent):
         return entry is not None and entry.state == QUEUED and entry.position == position
 
     def close(self) -> None:
-        """Make every addition that does not know of it yet a conflict."""
+        """Empty the lane for good: an addition that does not know of it yet is a conflict."""
         for segment in self.segments.values(_FIRST):
             segment.clear()
         self.segments.clear()

@@ -13,6 +13,7 @@ from postoffice.depot.entry import QUARANTINED, Entry
 from postoffice.depot.history import DUPLICATE_WIDTH, Arrivals, HistoryLog, Throttles
 from postoffice.depot.ids import new_id, producer_number
 from postoffice.depot.lane import LANES, Lane, Place
+from postoffice.exceptions import QueueMissing
 
 __all__ = ["QueueRecord"]
 
@@ -55,10 +56,9 @@ class QueueRecord(Persistent):
     def append(self, entry: Entry) -> Place:
         """Put an entry with an id behind the tail; it may have been in the queue before.
 
-        A removal of the queue at the same time is a conflict.
+        :raises QueueMissing: the queue was removed; a removal at the same time is a conflict.
         """
-        if self._p_jar is not None and self._p_oid is not None:
-            self._p_jar.readCurrent(self)
+        self._stay()
         number = self.lane_number
         position = entry.__dict__.get("position")
         if position is None:
@@ -69,6 +69,16 @@ class QueueRecord(Persistent):
             self.moved_ids[position] = entry.id
         entry.position = position
         return Place(number, self.lanes[number].add(position, entry), position)
+
+    def _stay(self) -> None:
+        """Make a removal of the queue at the same time a conflict.
+
+        :raises QueueMissing: it is removed already.
+        """
+        if self.removed:
+            raise QueueMissing(self.name, ())
+        if self._p_jar is not None and self._p_oid is not None:
+            self._p_jar.readCurrent(self)
 
     def walk(self, after: int = _SENTINEL) -> Iterator[tuple[Place, Entry]]:
         """Iterate over all places in order, those of entries that have gone included."""
@@ -104,8 +114,7 @@ class QueueRecord(Persistent):
 
     def put_quarantine(self, entry: Entry) -> None:
         """Keep an entry in quarantine."""
-        if self._p_jar is not None and self._p_oid is not None:
-            self._p_jar.readCurrent(self)
+        self._stay()
         self.quarantine[entry.id] = entry
         self.quarantined.change(1)
 

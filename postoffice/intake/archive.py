@@ -7,24 +7,30 @@ A folder for each day, as a Maildir folder inside the spool or in a place of its
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from postoffice.depot.durability import sync_folder
 
-__all__ = ["Archive", "Failure"]
+__all__ = ["Archive", "Failure", "local_day"]
 
 log = logging.getLogger("postoffice")
 
 _DAY = re.compile(r"\.?(\d{4})\.(\d\d)\.(\d\d)")
 _REASON = ".reason"
+# What a file's name may have, in bytes, so that there is room for a suffix.
+_LONGEST_NAME = 240
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,56 +83,56 @@ class Archive:
             return f"{self._spool}/.{day}/cur/{name}"
         return f"{self._folder}/{day}/{name}"
 
-    def take(self, source: str, place: str) -> None:
+    def take(self, source: str, place: str) -> bool:
         """Take a file out of the spool: to its place, or away when that is ``""``.
 
+        :return: whether it was in the spool.
         :raises OSError: it cannot be done now; the file is still in the spool.
         """
         if place:
-            self._move(source, self.path(place))
+            taken = self._move(source, self.path(place))
         else:
             try:
                 os.unlink(source)
+                taken = True
             except FileNotFoundError:
-                return
-        self._touched.add(os.path.dirname(source))
+                taken = False
+        if taken:
+            self._touched.add(os.path.dirname(source))
+        return taken
 
-    def _move(self, source: str, target: str) -> None:
+    def _move(self, source: str, target: str) -> bool:
+        """Move a file to a target, or beside it if another file is there; tell if it was there.
+
+        A file whose bytes are at the target already was moved by a run that was cut off.
+        """
         folder = os.path.dirname(target)
-        if folder not in self._made:
-            self._make(folder)
-        if os.path.lexists(target):
-            if _same_file(source, target):
-                os.unlink(source)
-                return
-            number = 2
-            while os.path.lexists(f"{target}.{number}"):
-                number += 1
-            target = f"{target}.{number}"
+        self._make(folder)
         try:
-            os.rename(source, target)
+            _rename(source, target)
         except FileNotFoundError:
-            # Somebody else took it out of the spool; there is nothing left to keep.
-            log.warning("%s vanished before it was archived", source)
-            return
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            _copy(source, target)
-            os.unlink(source)
+            if not os.path.lexists(source):
+                return False
+            # Somebody has removed the folder of the target.
+            self._made.discard(folder)
+            self._make(folder)
+            _rename(source, target)
         self._touched.add(folder)
+        return True
 
     def _make(self, folder: str) -> None:
+        """Make a folder, on the disk too, unless this object made it before."""
+        if folder in self._made:
+            return
         path = Path(folder)
-        missing = [path, *path.parents]
-        missing = [one for one in missing if not one.exists()]
+        missing = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._folder is None and path.name == "cur":
             for name in ("new", "tmp"):
                 (path.parent / name).mkdir(mode=0o700, exist_ok=True)
             (path.parent / "maildirfolder").touch(mode=0o600)
         for one in missing:
-            self._touched.add(str(one.parent))
+            sync_folder(str(one.parent))
         self._made.add(folder)
 
     def sync(self) -> None:
@@ -143,8 +149,12 @@ class Archive:
 
         :raises OSError: it cannot be done now; the file is still in the spool.
         """
-        os.makedirs(self.failed, mode=0o700, exist_ok=True)
-        note = os.path.join(self.failed, failure.name + _REASON)
+        self._make(self.failed)
+        name = failure.name + (".mail" if failure.name.endswith(_REASON) else "")
+        target = os.path.join(self.failed, name)
+        if source != target:
+            # Where the file goes if another of the same name was set aside before.
+            target = _free(source, target) or target
         text = json.dumps(
             {
                 "reason": failure.reason,
@@ -153,16 +163,41 @@ class Archive:
             },
             indent=1,
         )
-        with open(note, "w", encoding="utf-8") as file:
+        with open(self._note(os.path.basename(target)), "w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        target = os.path.join(self.failed, failure.name)
         if source != target:
-            self._made.add(self.failed)
             self._move(source, target)
             self._touched.add(os.path.dirname(source))
         self._touched.add(self.failed)
+
+    def was_set_aside(self, source: str) -> bool:
+        """Tell whether ``failed`` has a copy of this spool file, with the same name and bytes.
+
+        A run that was cut off while it copied the file to another file system leaves both.
+        """
+        target = os.path.join(self.failed, os.path.basename(source))
+        try:
+            return os.path.lexists(target) and _is_same(source, target)
+        except FileNotFoundError:
+            return False
+
+    def finish_setting_aside(self, source: str) -> None:
+        """Remove a spool file of which ``failed`` has a copy.
+
+        :raises OSError: it cannot be done now.
+        """
+        sync_folder(self.failed)
+        with suppress(FileNotFoundError):
+            os.unlink(source)
+        self._touched.add(os.path.dirname(source))
+
+    def _note(self, name: str) -> str:
+        """Return the path of the reason of a file in ``failed``."""
+        if len(os.fsencode(name)) > _LONGEST_NAME:
+            name = _short(name)
+        return os.path.join(self.failed, name + _REASON)
 
     def failures(self) -> Iterator[Failure]:
         """Iterate over what is set aside, in order of names."""
@@ -175,7 +210,7 @@ class Archive:
                 continue
             reason, fingerprint, when = "", "", 0
             try:
-                with open(os.path.join(self.failed, name + _REASON), encoding="utf-8") as file:
+                with open(self._note(name), encoding="utf-8") as file:
                     note = json.load(file)
                 reason, fingerprint = str(note["reason"]), str(note["fingerprint"])
                 when = int(note["when"])
@@ -186,7 +221,7 @@ class Archive:
     def forget_failure(self, name: str) -> None:
         """Remove the reason of a file that was processed after all."""
         try:
-            os.unlink(os.path.join(self.failed, name + _REASON))
+            os.unlink(self._note(name))
         except FileNotFoundError:
             return
         self._touched.add(self.failed)
@@ -197,7 +232,7 @@ class Archive:
         What cannot be removed is logged and tried again by the next import.
         """
         parent = str(self._spool if self._folder is None else self._folder)
-        last = date.fromtimestamp(now - keep) - timedelta(days=1)
+        last = local_day(now - keep) - timedelta(days=1)
         removed = []
         try:
             names = sorted(os.listdir(parent))
@@ -223,23 +258,84 @@ class Archive:
         return removed
 
 
-def _same_file(one: str, other: str) -> bool:
+def local_day(seconds: float) -> date:
+    """Return the day, where this machine is, of a time in seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().date()
+
+
+def _short(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+
+
+def _free(source: str, target: str) -> str | None:
+    """Return the first free path of target, target.2..., or ``None`` if the file is at one of them.
+
+    :raises FileNotFoundError: there is no source.
+    """
+    path, number = target, 1
+    while os.path.lexists(path):
+        if _is_same(source, path):
+            return None
+        number += 1
+        path = f"{target}.{number}"
+    return path
+
+
+def _rename(source: str, target: str) -> None:
+    """Move a file to a free path at or beside a target, unless it is there already.
+
+    :raises FileNotFoundError: there is no source, or no folder of the target.
+    """
+    folder = os.path.dirname(target)
+    free = _free(source, target)
+    if free is None:
+        sync_folder(folder)
+        os.unlink(source)
+        return
     try:
-        return os.path.samestat(os.lstat(one), os.lstat(other))
-    except FileNotFoundError:
+        os.rename(source, free)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy(source, free)
+        # A rename is in both folders or in neither; of a copy, the disk may have neither.
+        sync_folder(folder)
+        os.unlink(source)
+
+
+def _is_same(source: str, target: str) -> bool:
+    """Tell whether two paths are of one file, or of regular files that hold the same bytes."""
+    one, other = os.lstat(source), os.lstat(target)
+    if os.path.samestat(one, other):
+        return True
+    if not (stat.S_ISREG(one.st_mode) and stat.S_ISREG(other.st_mode)):
         return False
+    if one.st_size != other.st_size:
+        return False
+    with open(source, "rb") as reader, open(target, "rb") as kept:
+        while piece := reader.read(_PIECE):
+            if piece != kept.read(_PIECE):
+                return False
+    return True
 
 
 def _copy(source: str, target: str) -> None:
     """Copy a file to another file system; the target appears complete, or not at all."""
-    partial = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.partial")
-    with open(source, "rb") as reader, open(partial, "wb") as writer:
-        os.fchmod(writer.fileno(), 0o600)
-        shutil.copyfileobj(reader, writer, 1 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())
-    modified = os.stat(source).st_mtime_ns
-    os.utime(partial, ns=(modified, modified))
-    os.rename(partial, target)
-
-
+    folder, name = os.path.split(target)
+    partial = os.path.join(folder, f".{_short(name)}.partial")
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as reader:
+        try:
+            with open(partial, "wb") as writer:
+                os.fchmod(writer.fileno(), 0o600)
+                shutil.copyfileobj(reader, writer, _PIECE)
+                modified = os.fstat(descriptor).st_mtime_ns
+                writer.flush()
+                os.utime(writer.fileno(), ns=(modified, modified))
+                os.fsync(writer.fileno())
+            os.rename(partial, target)
+        except BaseException:
+            # On a full disk a piece that is of no use would be in the way of everything.
+            with suppress(OSError):
+                os.unlink(partial)
+            raise

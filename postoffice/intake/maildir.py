@@ -13,6 +13,7 @@ without importing them again.  One process at a time works on a spool; a lock se
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -21,7 +22,8 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -32,15 +34,16 @@ from ZODB.blob import Blob
 from ZODB.POSException import POSError
 
 from postoffice.delivery import Intake, Prepared, Result
+from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable, TemporaryError
-from postoffice.intake.archive import Archive, Failure
+from postoffice.intake.archive import Archive, Failure, local_day
 from postoffice.intake.reader import SpoolFile, Unreadable
 from postoffice.intake.reading import ReaderProcess
 from postoffice.queue import BLOB_SIZE
 
-__all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "unique"]
+__all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "identity", "unique"]
 
 log = logging.getLogger("postoffice")
 
@@ -49,6 +52,8 @@ BATCH = 100
 _BATCH_BYTES = 8 << 20
 _ATTEMPTS = 20
 _LOCK = ".postoffice.lock"
+# A copy, where the archive is on another file system, fails with these as reading did.
+_UNMOVABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO})
 
 
 class MaildirBusy(TemporaryError):
@@ -101,8 +106,11 @@ class Maildir:
             text = os.pread(self._lock, 64, 0).decode("ascii", "replace").strip()
             if len(text) != 32:
                 text = uuid.uuid4().hex
+                os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{text}\n".encode("ascii"), 0)
                 os.fsync(self._lock)
+                # Without its id the spool would have lost its journal.
+                sync_folder(str(path))
         except BlockingIOError:
             os.close(self._lock)
             raise MaildirBusy(f"another import of {path} is running") from None
@@ -138,7 +146,7 @@ class Maildir:
 
 
 class _Vanished(Exception):
-    """A file that was read has left the spool before it was stored."""
+    """A file that was read has left the spool, or is another one, before it was stored."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -180,6 +188,7 @@ class MaildirImport:
         self._fingerprint = fingerprint
         self._clock = clock
         self._paths: dict[str, str] = {}
+        self._set_aside_names: set[str] = set()
 
     def run(
         self,
@@ -194,8 +203,8 @@ class MaildirImport:
         :raises OSError: the spool or the archive failed; likewise.
         """
         self._recover()
-        waiting = self._maildir.files()
         failed = self._failed(retry)
+        waiting = self._waiting({file.name for file in failed})
         total = len(waiting) + len(failed)
         done = 0
         batches = _batches(failed, waiting, str(self._maildir.path))
@@ -217,6 +226,7 @@ class MaildirImport:
     def _failed(self, retry: Callable[[Failure], bool]) -> list[SpoolFile]:
         found = []
         for failure in self._archive.failures():
+            self._set_aside_names.add(failure.name)
             if not retry(failure):
                 continue
             path = os.path.join(self._archive.failed, failure.name)
@@ -228,28 +238,67 @@ class MaildirImport:
         found.sort(key=lambda file: (file.arrived, file.name))
         return found
 
+    def _waiting(self, retried: set[str]) -> list[tuple[int, int, str]]:
+        """Return what waits, one file of a unique name in a run.
+
+        A name tells files apart while they are under way, whatever their flags; what has the name
+        of another waits for the next run.
+        """
+        found = []
+        known = {unique(name) for name in retried}
+        for one in self._maildir.files():
+            name = one[2][4:]
+            if name in self._set_aside_names:
+                path = str(self._maildir.path / one[2])
+                if self._archive.was_set_aside(path):
+                    self._archive.finish_setting_aside(path)
+                    continue
+            if unique(name) in known:
+                log.warning(
+                    "%s has the name of another; it waits for the next run", printable(name)
+                )
+                continue
+            known.add(unique(name))
+            found.append(one)
+        return found
+
     def _recover(self) -> None:
         """Take out of the spool what a run that was cut off has stored."""
-        self._begin()
-        journal = self._folder.journals.get(self._maildir.spool_id)
-        names: dict[str, str] = dict(journal.names) if journal is not None else {}
-        self._manager.abort()
+        names: dict[str, str] = {}
+        self._transact(lambda: names.update(self._journal_names()), lambda: False)
         if not names:
             return
-        for folder in (self._maildir.path / "new", self._maildir.path / "cur", self._archive.failed):
+        for name in self._drop(names):
+            log.info("%s was imported by a run that was cut off; archived", printable(name))
+            self.outcome.dropped += 1
+        self._archive.sync()
+        self._clear_journal()
+
+    def _drop(self, names: Mapping[str, str]) -> Iterator[str]:
+        """Take the files of these identities out of the spool, whatever became of their flags."""
+        known = {identity.partition("/")[0] for identity in names}
+        for folder in (
+            str(self._maildir.path / "new"),
+            str(self._maildir.path / "cur"),
+            self._archive.failed,
+        ):
             try:
                 there = os.listdir(folder)
             except FileNotFoundError:
                 continue
             for name in there:
-                place = names.get(unique(name))
-                if place is not None:
-                    log.info("%s was imported by a run that was cut off; archived", printable(name))
-                    self._archive.take(os.path.join(folder, name), place)
-                    self._archive.forget_failure(name)
-                    self.outcome.dropped += 1
-        self._archive.sync()
-        self._clear_journal()
+                if unique(name) not in known:
+                    continue
+                path = os.path.join(folder, name)
+                try:
+                    status = os.lstat(path)
+                except FileNotFoundError:
+                    continue
+                place = names.get(identity(name, status.st_mtime_ns, status.st_size))
+                if place is not None and self._archive.take(path, place):
+                    if folder == self._archive.failed:
+                        self._archive.forget_failure(name)
+                    yield name
 
     def _clear_journal(self) -> None:
         def clear() -> None:
@@ -274,20 +323,38 @@ class MaildirImport:
         if not prepared:
             self._archive.sync()
             return
-        day = date.fromtimestamp(self._clock() / 1e9)
-        for result in self._store(prepared, day):
-            self._report(result)
-            source = result.prepared.source
-            path = self._paths[source]
-            self._archive.take(path, self._archive.place(source, day))
-            if path.startswith(self._archive.failed):
-                self._archive.forget_failure(source)
+        names = self._store(prepared, local_day(self._clock() / 1e9))
+        elsewhere = {}
+        for one in prepared:
+            path = self._paths[one.source]
+            key = _identity_of(one)
+            if not self._archive.take(path, names[key]):
+                elsewhere[key] = names[key]
+            elif os.path.dirname(path) == self._archive.failed:
+                self._archive.forget_failure(one.source)
+        if elsewhere:
+            # A mail reader has given them flags, and another name, meanwhile.
+            moved = list(self._drop(elsewhere))
+            if len(moved) < len(elsewhere):
+                log.info("%d vanished before they were archived", len(elsewhere) - len(moved))
         self._archive.sync()
 
     def _set_aside(self, file: SpoolFile, reason: str) -> None:
         failure = Failure(file.name, reason, self._fingerprint, self._clock() // 1_000_000_000)
-        self._archive.set_aside(file.path, failure)
         self.outcome.set_aside += 1
+        try:
+            self._archive.set_aside(file.path, failure)
+        except OSError as error:
+            if error.errno not in _UNMOVABLE:
+                raise
+            # What cannot be read cannot be copied to another file system either.
+            log.warning(
+                "%s stays where it is, and cannot be processed: %s; nor set aside: %s",
+                printable(file.path),
+                printable(reason),
+                error.strerror,
+            )
+            return
         log.warning(
             "%s is set aside: %s; it is in %s",
             printable(file.name),
@@ -295,21 +362,25 @@ class MaildirImport:
             self._archive.failed,
         )
 
-    def _store(self, prepared: list[Prepared], day: date) -> list[Result]:
-        names = {unique(one.source): self._archive.place(one.source, day) for one in prepared}
+    def _store(self, prepared: list[Prepared], day: date) -> dict[str, str]:
+        """Store messages and report them; return their identities with their places in the archive.
+
+        Those whose files vanish meanwhile are removed from the list.
+        """
+        names = {_identity_of(one): self._archive.place(one.source, day) for one in prepared}
         results: list[Result] = []
 
         def store() -> None:
             for vanished in [one for one in prepared if one.source not in self._paths]:
                 prepared.remove(vanished)
-                del names[unique(vanished.source)]
+                del names[_identity_of(vanished)]
             results[:] = self._intake.deliver(
                 prepared,
                 self._clock(),
                 lambda one: self._archive.place(one.source, day),
                 self._fill,
             )
-            self._folder.journal(self._maildir.spool_id).names = names
+            self._folder.journal(self._maildir.spool_id).names = dict(names)
 
         while True:
             try:
@@ -318,8 +389,11 @@ class MaildirImport:
                 log.info("%s vanished while it was imported", printable(vanished.source))
                 del self._paths[vanished.source]
             else:
-                self._intake.forget_bodies()
-                return results
+                break
+        self._intake.forget_bodies()
+        for result in results:
+            self._report(result)
+        return names
 
     def _fill(self, message: Prepared, blob: Blob) -> None:
         """Make a spool file a blob: by a hard link if it is ours alone, else by a copy."""
@@ -327,18 +401,26 @@ class MaildirImport:
         folder = self._connection.db().storage.temporaryDirectory()
         target = os.path.join(folder, f"postoffice-{os.getpid()}-{uuid.uuid4().hex}")
         try:
-            status = os.lstat(path)
-            ours = (
-                stat.S_ISREG(status.st_mode)
-                and status.st_uid == os.geteuid()
-                and status.st_nlink == 1
-                and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            )
-            if not (ours and _link(path, target)):
-                shutil.copyfile(path, target, follow_symlinks=False)
-        except FileNotFoundError:
-            raise _Vanished(message.source) from None
-        blob.consumeFile(target)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                raise _Vanished(message.source) from None
+            raise
+        try:
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                read = (message.values["arrived"], message.values["size"])
+                if not stat.S_ISREG(status.st_mode) or (status.st_mtime_ns, status.st_size) != read:
+                    raise _Vanished(message.source)
+                if not (_is_ours(status) and _link(path, target, status)):
+                    with open(target, "xb") as copy:
+                        shutil.copyfileobj(file, copy, 1 << 20)
+            blob.consumeFile(target)
+        except BaseException:
+            # On a full disk a piece that is of no use would be in the way of everything.
+            with suppress(OSError):
+                os.unlink(target)
+            raise
 
     def _report(self, result: Result) -> None:
         decision, values = result.decision, result.prepared.values
@@ -414,6 +496,19 @@ def unique(name: str) -> str:
     return name.partition(":")[0]
 
 
+def identity(name: str, arrived: int, size: int) -> str:
+    """Return what a spool file is known by in the journal, whatever its flags and its folder.
+
+    :param arrived: its modification time, in nanoseconds since the epoch.
+    :param size: in bytes.
+    """
+    return f"{unique(name)}/{arrived}/{size}"
+
+
+def _identity_of(message: Prepared) -> str:
+    return identity(message.source, message.values["arrived"], message.values["size"])
+
+
 def _batches(
     failed: list[SpoolFile], waiting: list[tuple[int, int, str]], folder: str
 ) -> Iterator[list[SpoolFile]]:
@@ -437,12 +532,23 @@ def _batches(
         yield batch
 
 
-def _link(path: str, target: str) -> bool:
+def _is_ours(status: os.stat_result) -> bool:
+    """Tell whether nobody else can write the file, by this name or by another."""
+    return (
+        status.st_uid == os.geteuid()
+        and status.st_nlink == 1
+        and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+def _link(path: str, target: str, status: os.stat_result) -> bool:
+    """Link a file, if the path still names the one of this status; tell whether it is done."""
     try:
         os.link(path, target, follow_symlinks=False)
-    except FileNotFoundError:
-        raise
     except OSError:
-        # Another file system, or one without hard links.
+        # Another file system, or one without hard links; or the name has gone, but not the file.
         return False
-    return True
+    if os.path.samestat(os.lstat(target), status):
+        return True
+    os.unlink(target)
+    return False

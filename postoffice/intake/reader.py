@@ -21,6 +21,9 @@ __all__ = ["Reader", "SpoolFile", "Unreadable"]
 
 _LONGEST_HEADER = 1 << 20
 
+# A symbolic link, and a socket.
+_NO_FILE = frozenset({errno.ELOOP, errno.ENXIO})
+
 # Whose fault it is: the file's, so that it is set aside, rather than the machine's.
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENODATA, errno.EOVERFLOW})
 
@@ -77,7 +80,7 @@ class Reader:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP:
+            if error.errno in _NO_FILE:
                 return None
             if error.errno in _UNREADABLE:
                 return Unreadable(file.name, f"cannot be read: {error.strerror}")

@@ -1,0 +1,84 @@
+"""``postoffice queues``: what waits where, and the removal of a queue."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from postoffice.cli.invocation import Invocation, pass_invocation, shared_options
+from postoffice.cli.output import Column, age, iso_time, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from postoffice.api import QueueStatus
+
+__all__ = ["queues_command"]
+
+_COLUMNS = (
+    Column("queue"),
+    Column("waiting", right=True),
+    Column("held", right=True),
+    Column("quarantined", right=True),
+    Column("oldest", right=True),
+    Column("in configuration"),
+)
+
+
+@click.group(
+    "queues", invoke_without_command=True, short_help="List the queues, or remove one of them."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared_options
+@click.pass_context
+def queues_command(ctx: click.Context, as_json: bool) -> None:
+    """List the queues: how many messages wait, are held by consumers, or are in quarantine.
+
+    Oldest is how long ago the message arrived that is at the head of the queue.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    with ctx.ensure_object(Invocation).existing_depot() as post_office:
+        found = post_office.queues()
+    if as_json:
+        print_json([_as_json(one) for one in found])
+        return
+    now = time.time_ns()
+    print_table(_COLUMNS, [_row(one, now) for one in found])
+
+
+def _as_json(one: QueueStatus) -> dict[str, object]:
+    return {
+        "name": one.name,
+        "waiting": one.waiting,
+        "held": one.held,
+        "quarantined": one.quarantined,
+        "oldest": None if one.oldest is None else iso_time(one.oldest),
+        "configured": one.configured,
+        "made": one.made,
+    }
+
+
+def _row(one: QueueStatus, now: int) -> list[str]:
+    configured = "yes" if one.configured else "no"
+    return [
+        one.name,
+        str(one.waiting),
+        str(one.held),
+        str(one.quarantined),
+        "" if one.oldest is None else age(one.oldest, now),
+        configured if one.made else "yes; made by the next import",
+    ]
+
+
+@queues_command.command("remove", short_help="Remove a queue that holds nothing.")
+@click.argument("name", metavar="QUEUE")
+@shared_options
+@pass_invocation
+def queues_remove_command(invocation: Invocation, name: str) -> None:
+    """Remove QUEUE, which neither holds messages nor has any in quarantine."""
+    with invocation.existing_depot() as post_office:
+        post_office.remove_queue(name)
+        say(f"queue {name} is removed")
+        if name in post_office.settings.queue_names:
+            say(f"it is still in {post_office.settings.path}, so the next import makes it again")

@@ -15,9 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from mail import MESSAGES  # noqa: E402  # found through the line above, wherever this is run from
+from mail import MESSAGES
 
 HERE = Path(__file__).resolve().parent
 PLACES = ("billing", "orders", "alarms", "support", "rejected", "discarded")

@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import parse_qsl, urlsplit
 
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
+from ZODB.blob import LAYOUT_MARKER
 from ZODB.POSException import POSError
 
 from postoffice import config
@@ -84,6 +86,10 @@ class PostOffice:
         :raises DepotUnavailable: it cannot be opened now.
         """
         if self._database is None:
+            try:
+                _mend_blob_folder(self.settings.zodb_uri)
+            except OSError as error:
+                raise DepotUnavailable(f"the blob folder: {one_line(error)}") from error
             self._database = open_database(self.settings.zodb_uri)
         return self._database
 
@@ -331,6 +337,24 @@ class PostOffice:
 
         done: int = self._committed(work)
         return done
+
+
+def _mend_blob_folder(uri: str) -> None:
+    """Write the marker of a blob folder that a process was killed while making.
+
+    ZODB does not open a blob folder with an empty marker, and takes an empty folder without one for
+    that of an old release, which has a layout that is slow with many blobs.
+    """
+    parts = urlsplit(uri)
+    folder = dict(parse_qsl(parts.query)).get("blobstorage_dir")
+    if parts.scheme != "file" or not folder or not os.path.isdir(folder):
+        return
+    marker = os.path.join(folder, LAYOUT_MARKER)
+    if {*os.listdir(folder)} <= {LAYOUT_MARKER, "tmp"} and (
+        not os.path.exists(marker) or os.path.getsize(marker) == 0
+    ):
+        with open(marker, "w", encoding="ascii") as file:
+            file.write("bushy")
 
 
 @dataclass(frozen=True, slots=True)

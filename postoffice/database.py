@@ -15,7 +15,13 @@ from ZODB.POSException import POSError, ReadOnlyError
 
 from postoffice.exceptions import DepotUnavailable
 
-__all__ = ["DatabaseMissing", "database_file", "open_database", "open_for_inspection"]
+__all__ = [
+    "DatabaseMissing",
+    "blob_folder",
+    "database_file",
+    "open_database",
+    "open_for_inspection",
+]
 
 _LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
 _SOON = 5
@@ -39,9 +45,7 @@ def _open(uri: str, shown: str) -> DB:
     try:
         storage_factory, options = zodburi.resolve_uri(uri)
     except KeyError as error:
-        raise DepotUnavailable(
-            f"zodb_uri {shown}: no such kind of database: {error}"
-        ) from error
+        raise DepotUnavailable(f"zodb_uri {shown}: no such kind of database: {error}") from error
     except (OSError, ValueError, ImportError) as error:
         raise DepotUnavailable(f"zodb_uri {shown}: {_one_line(error)}") from error
     storage = None
@@ -78,8 +82,12 @@ def open_for_inspection(uri: str) -> DB:
     """
     path = database_file(uri)
     if path is not None:
-        if not os.path.exists(path):
-            raise DatabaseMissing(f"there is no database {path} yet")
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            raise DatabaseMissing(f"there is no database {path} yet") from None
+        except OSError as error:
+            raise DepotUnavailable(f"database {path}: {error.strerror}") from error
         if _is_locked(f"{path}.lock"):
             raise DepotUnavailable(_locked(path, uri))
         return _open(f"file://{path}?read_only=1", path)
@@ -96,6 +104,14 @@ def database_file(uri: str) -> str | None:
     if not uri.startswith("file://"):
         return None
     return os.path.abspath(uri.removeprefix("file://").partition("?")[0])
+
+
+def blob_folder(uri: str) -> str | None:
+    """Return the path of the folder of blobs of a ``file://`` URI; ``None`` for any other."""
+    if not uri.startswith("file://"):
+        return None
+    named = dict(parse_qsl(uri.partition("?")[2])).get("blobstorage_dir")
+    return os.path.abspath(named) if named else None
 
 
 def _is_locked(lock_path: str) -> bool:
@@ -118,6 +134,8 @@ def _close(storage: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -135,7 +153,7 @@ def _shown(uri: str) -> str:
 
 def _locked(path: str, uri: str) -> str:
     folder = os.path.dirname(path)
-    blobs = dict(parse_qsl(uri.partition("?")[2])).get("blobstorage_dir") or f"{folder}/blobs"
+    blobs = blob_folder(uri) or f"{folder}/blobs"
     return (
         f"database {path} is locked by {_holder(path + '.lock')}; a FileStorage serves one "
         "process at a time.  To share it, stop that process, run the first line, and write the "

@@ -218,7 +218,7 @@ def decode_header(value: str | None) -> str | None:
 
     Encoded words are decoded (RFC 2047), malformed ones as far as they go, the white space between
     two of them dropped (section 6.2).  Line breaks are removed (RFC 5322, 2.2.3), and
-    control characters are replaced.
+    other control characters but the tab become U+FFFD.
     """
     if value is None:
         return None

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -57,6 +58,7 @@ log = logging.getLogger("postoffice")
 BLOB_SIZE = 256 * 1024
 
 _MOST_AT_ONCE = 50
+_HOLD_SECONDS = 1.0
 _HEADER_LENGTH = 200
 _ERROR_LENGTH = 64 * 1024
 _DAY = 24 * 60 * 60
@@ -187,6 +189,7 @@ class Queue:
         self._claims: Claims | None = None
         self._ready: list[Place] = []
         self._finished: list[Place] = []
+        self._claimed_at = 0.0
         self._watches_close = False
         self._added: list[Entry | Body] = []
         self._batch = 1
@@ -232,7 +235,9 @@ class Queue:
         if not committed or not work.taken:
             self.release()
         elif not self._ready:
-            self._batch = min(self._batch * 2, _MOST_AT_ONCE)
+            # A slow consumer holds little that idle ones could take meanwhile.
+            fast = time.monotonic() - self._claimed_at < _HOLD_SECONDS
+            self._batch = min(self._batch * 2, _MOST_AT_ONCE) if fast else 1
 
     def _before_commit(self, work: _Work) -> None:
         self._settle(work)
@@ -247,10 +252,13 @@ class Queue:
         back = [place for place in work.passed if self._live(place) is not None]
         if back:
             work.passed = [place for place in work.passed if place not in back]
-        while work.taken:
-            place, entry = next(reversed(work.taken.items()))
-            if entry.state != QUEUED:
+        undone = []
+        for place, entry in reversed(work.taken.items()):
+            if self.record.lanes[place.lane].live(entry, place.position):
+                undone.append((place, entry))
+            elif entry._p_jar is not None:
                 break
+        for place, entry in undone:
             del work.taken[place]
             if self._claims is not None and place in self._claims.held:
                 back.append(place)
@@ -329,6 +337,7 @@ class Queue:
             self._connection.onCloseCallback(self._closed)
             self._watches_close = True
         finished, self._finished = self._finished, []
+        self._claimed_at = time.monotonic()
         lanes = self.record.lanes
         self._ready.extend(
             self._claims.take(
@@ -366,7 +375,7 @@ class Queue:
         for place, entry in work.taken.items():
             lane = self.record.lanes[place.lane]
             if (
-                entry.state != QUEUED
+                not lane.live(entry, place.position)
                 and place.position not in lane.claims
                 and lane.get(place) is not None
             ):
@@ -396,10 +405,7 @@ class Queue:
                 for place, entry in self.record.walk(after)
                 if self.record.lanes[place.lane].live(entry, place.position)
             )
-        for count, entry in enumerate(rows, 1):
-            yield entry
-            if count == limit:
-                return
+        yield from islice(rows, limit)
 
     def find(self, id: int | str) -> Entry:
         """Return the entry of a message that waits here or is in quarantine, by its id.

@@ -31,6 +31,7 @@ class Seat:
         self.transactions = transaction.TransactionManager()
         self.connection = database.open(self.transactions)
         self._queues: dict[str, Queue] = {}
+        self._open = True
 
     @property
     def folder(self) -> QueuesFolder:
@@ -67,8 +68,10 @@ class Seat:
         return ids
 
     def close(self) -> None:
-        self.transactions.abort()
-        self.connection.close()
+        if self._open:
+            self._open = False
+            self.transactions.abort()
+            self.connection.close()
 
 
 class Depot:

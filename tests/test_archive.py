@@ -144,13 +144,13 @@ def test_a_file_that_cannot_be_moved_stays(spool: Path, tmp_path: Path) -> None:
     """A failure to move is an error, and the file is still in the spool."""
     (tmp_path / "archive").write_bytes(b"no folder")
     archive = Archive(spool, tmp_path / "archive", keeps=True)
-    with pytest.raises(OSError, match="exists|Not a directory"):
+    with pytest.raises(OSError, match=r"exists|Not a directory"):
         archive.take(put(spool, "one", b"raw"), archive.place("one", DAY))
     assert os.listdir(spool / "new") == ["one"]
 
 
 def test_what_is_set_aside_has_its_reason_beside_it(spool: Path, folder: Path) -> None:
-    """A file that cannot be processed goes to ``failed`` with a readable reason, and can come back."""
+    """A file that cannot be processed goes to ``failed`` with its reason, and can leave it."""
     archive = Archive(spool, folder, keeps=True)
     archive.set_aside(put(spool, "one", b"raw"), failure("one"))
     archive.sync()
@@ -281,9 +281,7 @@ def test_what_cannot_expire_is_logged(
 @pytest.mark.parametrize(
     ("zone", "day"), [("UTC", 21), ("Pacific/Kiritimati", 22), ("Pacific/Honolulu", 21)]
 )
-def test_a_day_is_that_of_the_machine(
-    monkeypatch: pytest.MonkeyPatch, zone: str, day: int
-) -> None:
+def test_a_day_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch, zone: str, day: int) -> None:
     """Days begin at midnight where the machine is."""
     noon = 1_795_262_400  # 12 h UTC on 21 November 2026
     monkeypatch.setenv("TZ", zone)

@@ -6,16 +6,22 @@ import os
 import random
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.crash_import import DEFECT, FAILED, ImportServer
-from tests.spools import Spool, Stored, digest, large, mail
+from postoffice.exceptions import PostofficeError
+from tests.crash_import import BUSY, DEFECT, FAILED, ImportServer
+from tests.spools import FILE_STORAGE, Spool, Stored, digest, large, mail
 
 # The system calls that change something, or whose failure must.
 CHANGING = (
@@ -145,7 +151,9 @@ def calls(log: Path) -> dict[str, list[int]]:
 class Sweep:
     """Every call of an import, one after the other, killed or failed."""
 
-    def __init__(self, place: str, folder: Path, server: ImportServer, archive: Path | None) -> None:
+    def __init__(
+        self, place: str, folder: Path, server: ImportServer, archive: Path | None
+    ) -> None:
         self.place = place
         self.folder = folder
         self.server = server
@@ -153,7 +161,9 @@ class Sweep:
         options = "archive = none\n" if place == "none" else ""
         self.world = world(folder, archive, options)
         log = folder / "calls"
-        ended = self._run("count", ["-o", str(log), "-e", "trace=" + ",".join((*CHANGING, *OPENING))])
+        ended = self._run(
+            "count", ["-o", str(log), "-e", "trace=" + ",".join((*CHANGING, *OPENING))]
+        )
         assert ended == 0
         self.calls = calls(log)
 
@@ -189,7 +199,11 @@ class Sweep:
             wrong.append(self.output)
         elif status not in (0, -9, FAILED):
             wrong.append(f"status {status}: {self.output}")
-        stored = again(self.spool)
+        try:
+            stored = again(self.spool)
+        except (PostofficeError, OSError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+            stored = self.world.expected
         if stored != self.world.expected:
             for title, one, other in (
                 ("queues", stored.queues, self.world.expected.queues),
@@ -342,3 +356,280 @@ def test_the_archive_is_durable_before_the_journal_forgets(
             assert not moved, f"{line}: before {moved}"
             rounds += 1
     assert rounds > 3
+
+
+# -- what cannot be read ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "subject"), [("openat", "small"), ("read", "small"), ("openat", "large")]
+)
+def test_a_file_with_a_bad_sector_is_set_aside(
+    tmp_path: Path, server: ImportServer, call: str, subject: str
+) -> None:
+    """A file that the disk cannot read is set aside with the reason; the others are imported."""
+    spool = Spool(tmp_path / "spool")
+    bad = spool.put(large(subject) if subject == "large" else mail(subject))
+    spool.put(mail("other"))
+    ended = server.run(
+        spool.ini,
+        ["-f", "-q", "-o", "/dev/null", "-P", str(bad)]
+        + ["-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1"],
+    )
+    assert ended.status == 0, ended.output
+    assert spool.raws() == [mail("other")]
+    assert spool.set_aside() == [bad.name]
+    assert "Input/output error" in (spool.failed / f"{bad.name}.reason").read_text()
+    assert spool.waiting() == []
+
+
+def test_a_reader_that_is_killed_is_started_again(tmp_path: Path, server: ImportServer) -> None:
+    """A message at which the reading process is killed once is imported all the same, once."""
+    spool = Spool(tmp_path / "spool")
+    paths = [spool.put(mail(f"mail {number}")) for number in range(12)]
+    ended = server.run(
+        spool.ini,
+        ["-f", "-q", "-o", "/dev/null", "-P", str(paths[5])]
+        + ["-e", "trace=openat", "-e", "inject=openat:signal=SIGKILL:when=1"],
+    )
+    assert ended.status == 0, ended.output
+    assert "the reader ended at" in ended.output
+    assert spool.raws() == [mail(f"mail {number}") for number in range(12) if number != 5] or (
+        spool.raws() == [mail(f"mail {number}") for number in range(12)]
+    )
+    assert spool.waiting() == []
+    assert len(spool.archived()) == 12
+
+
+# -- two at once -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_server() -> Iterator[ImportServer]:
+    """Another process that imports."""
+    found = ImportServer()
+    yield found
+    found.close()
+
+
+def test_two_imports_of_one_maildir(
+    tmp_path: Path, server: ImportServer, second_server: ImportServer
+) -> None:
+    """While one process imports, a second one says so and does nothing; each mail is there once."""
+    spool = Spool(tmp_path / "spool")
+    raws = [mail(f"mail {number}") for number in range(40)]
+    for raw in raws:
+        spool.put(raw)
+    slowly = ["-o", "/dev/null", "-e", "trace=rename", "-e", "inject=rename:delay_enter=30000"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(server.run, spool.ini, slowly)
+        while not (spool.maildir / ".postoffice.lock").exists():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        second = second_server.run(spool.ini)
+        assert not first.done()
+        assert first.result().status == 0
+    assert second.status == BUSY
+    assert "another import" in second.output
+    assert spool.raws() == raws
+    assert spool.waiting() == []
+
+
+class ZeoServer:
+    """A ZEO server in a process of its own, to be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The path of a socket has to be short.
+        self.socket = tempfile.mktemp(prefix="zeo", suffix=".sock")  # noqa: S306  # ZEO makes it
+        self.uri = (
+            f"zeo://{self.socket}?blob_dir={folder}/blobs&shared_blob_dir=true"
+            "&wait_timeout=20&storage=main"
+        )
+        (folder / "zeo.conf").write_text(
+            f"<zeo>\n address {self.socket}\n</zeo>\n"
+            f"<filestorage main>\n path {folder}/depot.fs\n blob-dir {folder}/blobs\n"
+            "</filestorage>\n"
+        )
+        self.start()
+
+    def start(self) -> None:
+        """Start it."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ZEO.runzeo", "-C", str(self.folder / "zeo.conf")],
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        for _ in range(200):
+            with socket.socket(socket.AF_UNIX) as client:
+                if not client.connect_ex(self.socket):
+                    return
+            time.sleep(0.05)
+        raise AssertionError("the ZEO server did not start")
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def zeo(tmp_path: Path) -> Iterator[ZeoServer]:
+    """A running ZEO server."""
+    (tmp_path / "zeo").mkdir()
+    found = ZeoServer(tmp_path / "zeo")
+    found.wait()
+    yield found
+    found.kill()
+    Path(found.socket).unlink(missing_ok=True)
+
+
+def test_two_maildirs_into_one_depot(
+    tmp_path: Path, server: ImportServer, second_server: ImportServer, zeo: ZeoServer
+) -> None:
+    """Two processes that import two Maildirs into one depot at once import every mail once."""
+    spools = [Spool(tmp_path / name, uri=zeo.uri) for name in ("one", "two")]
+    expected: Counter[str] = Counter()
+    for spool in spools:
+        for number in range(120):
+            subject = f"{spool.folder.name} {number}"
+            raw = large(subject) if number % 20 == 0 else mail(subject)
+            spool.put(raw)
+            expected[digest(raw)] += 1
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(one.run, spool.ini, None, 3)
+            for one, spool in zip((server, second_server), spools, strict=True)
+        ]
+        assert [(run.result().status, run.result().output) for run in runs] == [
+            (0, "Outcome(counts={'queued': 120}, set_aside=0, dropped=0)\n")
+        ] * 2
+    assert spools[0].stored().queues["all"] == expected
+    assert [spool.waiting() for spool in spools] == [[], []]
+
+
+def kill_zeo(folder: Path, server: ImportServer, zeo: ZeoServer, seed: int, rounds: int) -> None:
+    """Kill the database's server in the middle of imports, and see that all is there once."""
+    chance = random.Random(seed)
+    spool = Spool(folder / "spool", uri=zeo.uri)
+    expected: Counter[str] = Counter()
+    number = 0
+
+    def accident() -> None:
+        time.sleep(chance.uniform(0.05, 0.5))
+        zeo.kill()
+        time.sleep(chance.uniform(0, 0.2))
+        zeo.start()
+
+    for _ in range(rounds):
+        for _ in range(120):
+            subject = f"mail {number}"
+            raw = large(subject) if number % 30 == 0 else mail(subject)
+            spool.put(raw, f"{1_700_000_000 + number}.M{number}P1.host", second=number)
+            expected[digest(raw)] += 1
+            number += 1
+        with ThreadPoolExecutor() as pool:
+            run = pool.submit(server.run, spool.ini, None, 4)
+            pool.submit(accident).result()
+            assert run.result().status in (0, FAILED), f"seed {seed}: {run.result().output}"
+        zeo.wait()
+    stored = again(spool)
+    assert stored.queues["all"] == expected, f"seed {seed}"
+    assert stored.archived == expected, f"seed {seed}"
+    assert not stored.left, f"seed {seed}"
+
+
+def test_a_database_server_that_is_killed(
+    tmp_path: Path, server: ImportServer, zeo: ZeoServer
+) -> None:
+    """An import whose ZEO server is killed and started again imports every mail once."""
+    kill_zeo(tmp_path, server, zeo, seed=1, rounds=2)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(10))
+def test_a_database_server_that_is_killed_often(
+    tmp_path: Path, server: ImportServer, zeo: ZeoServer, seed: int
+) -> None:
+    """Imports whose ZEO server is killed many times import every mail once."""
+    kill_zeo(tmp_path, server, zeo, seed, rounds=10)
+
+
+# -- commits in doubt, full disks ------------------------------------------------------------------
+
+
+def test_a_commit_that_failed_late(tmp_path: Path, server: ImportServer) -> None:
+    """A commit that the disk reports as failed, and that happened, is not repeated."""
+    spool = Spool(tmp_path / "spool")
+    spool.put(mail("before"))
+    spool.run()
+    raws = [mail("before"), mail("small"), large("large"), mail("small too")]
+    for raw in raws[1:]:
+        spool.put(raw)
+    log = tmp_path / "calls"
+    database = str(spool.folder / "depot.fs")
+    ended = server.run(
+        spool.ini,
+        [
+            "-o",
+            str(log),
+            "-P",
+            database,
+            "-e",
+            "trace=fsync",
+            "-e",
+            "inject=fsync:error=EIO:when=1",
+        ],
+    )
+    assert ended.status == FAILED, ended.output
+    assert "Input/output error" in ended.output
+    assert len(spool.waiting()) == 3
+    outcome = spool.run()
+    assert (outcome.counts, outcome.dropped) == ({}, 3)
+    assert spool.raws() == raws
+    assert spool.waiting() == []
+    assert len(spool.archived()) == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    if os.geteuid():
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "postoffice-test", str(disk)], check=True
+    )
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("what", ["database", "blobs", "archive"])
+def test_a_full_disk(tmp_path: Path, server: ImportServer, small_disk: Path, what: str) -> None:
+    """On a full disk an import fails for the time being; with room, every mail is there once."""
+    uri = FILE_STORAGE
+    if what == "database":
+        uri = f"file://{small_disk}/depot.fs?blobstorage_dir={{folder}}/blobs"
+    elif what == "blobs":
+        uri = f"file://{{folder}}/depot.fs?blobstorage_dir={small_disk}/blobs"
+    archive = small_disk / "archive" if what == "archive" else None
+    spool = Spool(tmp_path / "spool", uri=uri, archive=archive)
+    expected: Counter[str] = Counter()
+    for number in range(24):
+        raw = large(f"mail {number}", 140_000 if number % 2 else 90_000)
+        spool.put(raw)
+        expected[digest(raw)] += 1
+    for _ in range(2):
+        ended = server.run(spool.ini)
+        assert ended.status == FAILED, ended.output
+        assert "No space left" in ended.output
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    stored = again(spool)
+    assert stored.queues["all"] == expected
+    assert stored.archived == expected
+    assert not stored.left

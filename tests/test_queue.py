@@ -190,8 +190,8 @@ def test_a_holder_that_is_gone_holds_nothing(depot: Depot, one: Seat) -> None:
     assert look(one) == ([], [])
     with pytest.raises(QueueEmpty):
         one.queue.pop_next()
-    record = one.record
-    assert sum(int(lane.length()) for lane in record.lanes) == 0
+    one.begin()
+    assert sum(int(lane.length()) for lane in one.record.lanes) == 0
 
 
 def test_truth_is_a_promise_among_consumers(one: Seat, two: Seat) -> None:
@@ -239,10 +239,12 @@ def test_one_consumer_gets_them_in_order(one: Seat, two: Seat) -> None:
     for index, name in enumerate(names):
         (one if index % 2 else two).add(name)
     taken = []
+    attempts = 0
     one.begin()
     while one.queue:
         taken.append(take(one))
-        if len(taken) % 7 == 0:
+        attempts += 1
+        if attempts % 7 == 0:
             one.abort()
             del taken[-1]
         else:
@@ -778,10 +780,9 @@ def test_bytes_come_out_as_they_went_in(path: Path, plain: Queue) -> None:
     plain.record._p_jar.transaction_manager.commit()
     assert message.raw == raw
     assert (message.id, message.queue_name) == (id, QUEUE)
-    assert message["X-Postoffice-Id"] == str(id)
+    assert message.get_all("X-Postoffice-Id") == [str(id)]
     assert message["X-Postoffice-Date"].isdigit()
-    own = message.as_bytes()
-    assert own.lower().count(b"\nx-postoffice-id:") + own.lower().startswith(b"x-postoffice-id") == 1
+    assert message.as_bytes().startswith(b"X-Postoffice-Id: %d\n" % id)
     assert isinstance(message.get_payload(), str | list)
 
 
@@ -885,8 +886,6 @@ def test_open_queue_by_uri(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=said):
             open_queue(uri, name, path)
-    with file_depot(tmp_path / "other" if (tmp_path / "other").mkdir() else tmp_path / "other"):
-        pass
     with open_queue(uri, QUEUE) as queue:
         assert len(queue) == 0
 
@@ -1128,6 +1127,7 @@ class Machine(RuleBasedStateMachine):
         assert taken == (self.waiting[0] if self.waiting else None)
         if commits:
             other.commit()
+            other.queue.release()
             self.waiting = self.waiting[1:]
             self.held = [held for held in self.held if held["Subject"] != taken]
         else:

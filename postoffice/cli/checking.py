@@ -85,9 +85,15 @@ def check_command(invocation: Invocation) -> int:
 def _findings(post_office: PostOffice) -> Iterator[_Finding]:
     settings = post_office.settings
     yield from _of_settings(settings)
-    yield from _of_maildir(settings.maildir)
-    yield from _of_archive(post_office)
-    yield from _of_database(post_office)
+    for subject, findings in (
+        ("maildir", _of_maildir(settings.maildir)),
+        ("archive", _of_archive(post_office)),
+        ("database", _of_database(post_office)),
+    ):
+        try:
+            yield from findings
+        except OSError as error:
+            yield _error(subject, f"{error.filename}: {error.strerror}")
 
 
 def _of_settings(settings: Settings) -> Iterator[_Finding]:
@@ -116,6 +122,9 @@ def _of_maildir(maildir: Path) -> Iterator[_Finding]:
                 yield _error("maildir", f"{folder} is not there, and {maildir} not writable")
                 return
             continue
+        if not folder.is_dir():
+            yield _error("maildir", f"{folder} is no folder")
+            return
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
             yield _error("maildir", f"{folder} cannot be read and written by {_user(os.geteuid())}")
             return
@@ -157,7 +166,12 @@ def _of_archive(post_office: PostOffice) -> Iterator[_Finding]:
 
 
 def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
-    from postoffice.database import DatabaseMissing, database_file, open_for_inspection
+    from postoffice.database import (
+        DatabaseMissing,
+        blob_folder,
+        database_file,
+        open_for_inspection,
+    )
 
     settings = post_office.settings
     path = database_file(settings.zodb_uri)
@@ -177,8 +191,10 @@ def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
         yield _ok("database", path or "can be opened")
         if path is not None:
             yield from _of_owner("database", Path(path))
-            if not os.access(path, os.W_OK, effective_ids=True):
-                yield _error("database", f"{path} is not writable by {_user(os.geteuid())}")
+            beside = (os.path.dirname(path), f"{path}.lock", blob_folder(settings.zodb_uri))
+            for one in (path, *beside):
+                if one and os.path.exists(one) and not os.access(one, os.W_OK, effective_ids=True):
+                    yield _error("database", f"{one} is not writable by {_user(os.geteuid())}")
         yield from _of_depot(post_office, database)
     finally:
         database.close()

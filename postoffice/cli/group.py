@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from postoffice.cli.invocation import Invocation, shared_options
-from postoffice.cli.output import complain
+from postoffice.cli.output import Failure, complain
 from postoffice.display import one_line
 from postoffice.exceptions import EX_TEMPFAIL, PostofficeError
 
@@ -35,6 +35,12 @@ _MODULES = {
 _EX_INTERRUPTED = 130
 
 
+def _command(name: str) -> click.Command:
+    module = importlib.import_module(f"postoffice.cli.{_MODULES[name]}")
+    command: click.Command = getattr(module, f"{name}_command")
+    return command
+
+
 class _Postoffice(click.Group):
     """The group of commands; turns whatever ends one into a line and an exit status."""
 
@@ -44,12 +50,7 @@ class _Postoffice(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command when it is asked for."""
-        module = _MODULES.get(cmd_name)
-        if module is None:
-            return None
-        found = importlib.import_module(f"postoffice.cli.{module}")
-        command: click.Command = getattr(found, f"{cmd_name}_command")
-        return command
+        return _command(cmd_name) if cmd_name in _MODULES else None
 
     def main(
         self,
@@ -79,8 +80,11 @@ class _Postoffice(click.Group):
             interrupted = isinstance(error.__cause__ or error.__context__, KeyboardInterrupt)
             complain("interrupted" if interrupted else "no answer; nothing was done")
             status = _EX_INTERRUPTED if interrupted else 1
-        except PostofficeError as error:
+        except Failure as error:
             complain(str(error))
+            status = error.status
+        except PostofficeError as error:
+            complain(*str(error).split("\n"))
             status = error.exit_status
         except OSError as error:
             status = _after(error)
@@ -117,6 +121,4 @@ def _after(error: OSError) -> int:
 def postoffice(ctx: click.Context) -> None:
     """Sort delivered mail from a Maildir into a queue for each application."""
     if ctx.invoked_subcommand is None:
-        command = postoffice.get_command(ctx, "import")
-        assert command is not None
-        ctx.invoke(command)
+        ctx.invoke(_command("import"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -14,12 +15,32 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from postoffice.cli.output import Failure
+from postoffice.display import one_line, printable
 
 if TYPE_CHECKING:
     from postoffice.api import PostOffice
     from postoffice.config import Settings
 
 __all__ = ["Invocation", "pass_invocation", "shared_options"]
+
+_LINE = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _Verbose(logging.Formatter):
+    """Writes lines with nothing in them but what is printable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+class _Plain(_Verbose):
+    """Leaves tracebacks out, which libraries log beside raising what we report."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        record.exc_info = record.exc_text = None
+        return super().format(record)
+
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -67,17 +88,27 @@ class Invocation:
         """Give the post office as :meth:`post_office` does, but make no database of a file.
 
         :raises postoffice.exceptions.FolderMissing: there is none yet.
+        :raises postoffice.exceptions.DepotUnavailable: the database fails, now or in between.
+        :raises OSError: its folder cannot be looked into.
         """
+        from ZODB.POSException import POSError
+
         from postoffice.database import database_file
-        from postoffice.exceptions import FolderMissing
+        from postoffice.exceptions import DepotUnavailable, FolderMissing
 
         with self.post_office() as post_office:
             path = database_file(post_office.settings.zodb_uri)
-            if path is not None and not os.path.exists(path):
-                raise FolderMissing(
-                    f"there is no database {path} yet; `postoffice import` makes it"
-                )
-            yield post_office
+            if path is not None:
+                try:
+                    os.stat(path)
+                except FileNotFoundError:
+                    raise FolderMissing(
+                        f"there is no database {path} yet; `postoffice import` makes it"
+                    ) from None
+            try:
+                yield post_office
+            except POSError as error:
+                raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
 
     @contextmanager
     def logs(self, settings: Settings) -> Iterator[None]:
@@ -91,7 +122,7 @@ class Invocation:
             yield
             return
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Verbose(_LINE) if self.verbose else _Plain(_LINE))
         root, own = logging.getLogger(), logging.getLogger("postoffice")
         level = own.level
         root.addHandler(handler)
@@ -130,7 +161,8 @@ def shared_options(command: _F) -> _F:
         "-C",
         "--config",
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        # Whether it can be read, the configuration's own error says, with the mend.
+        type=click.Path(path_type=Path, readable=False),
         expose_value=False,
         callback=_note_config,
         help="The configuration file, instead of looking for postoffice.ini.",

@@ -40,6 +40,7 @@ _COLUMNS = (
 _WAITING_COLUMNS = (*_COLUMNS, Column("marks"))
 _QUARANTINE_COLUMNS = (*_COLUMNS, Column("tries", right=True), Column("error", share=3))
 
+_LARGEST_ID = 2**63 - 2
 _MOST_HEADERS = 200
 _MOST_LINES = 100
 _LONGEST_LINE = 1000
@@ -56,7 +57,12 @@ _LONGEST_LINE = 1000
     metavar="N",
     help="At most N messages.",
 )
-@click.option("--after", metavar="ID", type=click.IntRange(min=1), help="Those behind this one.")
+@click.option(
+    "--after",
+    metavar="ID",
+    type=click.IntRange(1, _LARGEST_ID),
+    help="Those behind the message with this id.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared_options
 @pass_invocation

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import IO, Any
 
 import click
 
@@ -35,17 +34,16 @@ _KILO = 1024
 _WIDEST = 40
 
 
-class Failure(click.ClickException):
-    """A command cannot go on; one line says why."""
+class Failure(Exception):
+    """A command cannot go on.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    :ivar status: the exit status that it ends with.
+    """
+
+    def __init__(self, line: str, status: int) -> None:
         """Fail with this line and this exit status."""
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line."""
-        complain(self.message)
+        super().__init__(line)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +66,11 @@ def say(text: str) -> None:
     click.echo(printable(text))
 
 
-def complain(text: str) -> None:
-    """Print one line, or a few, on standard error."""
-    for number, line in enumerate(text.split("\n")):
-        click.echo(printable(line) if number else f"postoffice: {printable(line)}", err=True)
+def complain(first: str, *more: str) -> None:
+    """Print a line on standard error, and what belongs to it in lines below."""
+    click.echo(f"postoffice: {printable(first)}", err=True)
+    for line in more:
+        click.echo(printable(line), err=True)
 
 
 def print_json(value: object) -> None:
@@ -165,12 +164,11 @@ def size(number: int) -> str:
     """Return a number of bytes for a person; a KB is 1,024 as it is in the configuration."""
     if number < _KILO:
         return f"{number} B"
-    shown = float(number)
-    for unit in ("KB", "MB", "GB"):
-        shown /= _KILO
-        if shown < _KILO:
-            break
-    return f"{shown:.1f} {unit}"
+    if number < _KILO**2:
+        return f"{number / _KILO:.1f} KB"
+    if number < _KILO**3:
+        return f"{number / _KILO**2:.1f} MB"
+    return f"{number / _KILO**3:.1f} GB"
 
 
 def count(number: int, singular: str) -> str:

@@ -48,7 +48,12 @@ class QueuesFolder(Persistent):
         return record
 
     def make(self, name: str) -> QueueRecord:
-        """Make an empty queue."""
+        """Make an empty queue.
+
+        :raises ValueError: there is one of this name.
+        """
+        if name in self.queues:
+            raise ValueError(f"there is a queue {name!r} already")
         record = self.queues[name] = QueueRecord(name)
         return record
 

@@ -9,6 +9,7 @@ reads what was appended since it last looked: it costs the same however long the
 from __future__ import annotations
 
 import logging
+import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,8 @@ log = logging.getLogger("postoffice")
 
 CHUNK_BYTES = 16 * 1024
 DUPLICATE_SECONDS = 24 * 60 * 60
-DUPLICATE_WIDTH = 16 + 4
+_DUPLICATE = struct.Struct("!16sI")
+DUPLICATE_WIDTH = _DUPLICATE.size
 ARRIVAL_WIDTH = 16 + 8 + 8
 MAX_TIMES = 256
 
@@ -205,7 +207,7 @@ class _Index:
 
 def duplicate_record(digest: bytes, seconds: int) -> bytes:
     """Return the record of a digest of 16 bytes that came at this time."""
-    return digest + seconds.to_bytes(4, "big")
+    return _DUPLICATE.pack(digest, seconds)
 
 
 class DuplicateIndex(_Index):
@@ -229,13 +231,7 @@ class DuplicateIndex(_Index):
         self._remember(digest, *self.history.append(record, seconds, lane, keep=DUPLICATE_SECONDS))
 
     def _take(self, number: int, data: bytes) -> None:
-        seen = self._seen
-        last, when = b"", 0
-        for start in range(0, len(data), DUPLICATE_WIDTH):
-            stamp = data[start + 16 : start + 20]
-            if stamp != last:
-                last, when = stamp, int.from_bytes(stamp, "big")
-            seen[data[start : start + 16]] = when
+        self._seen.update(_DUPLICATE.iter_unpack(data))
 
     def _forget(self, number: int) -> None:
         slot_at = self.history.slot_at

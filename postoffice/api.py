@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +21,17 @@ from ZODB.POSException import POSError
 from postoffice import config
 from postoffice.claims import holder_is_gone
 from postoffice.database import open_database
-from postoffice.delivery import Intake, oversize_message
+from postoffice.delivery import Intake
 from postoffice.depot.folder import find_folder, make_folder
 from postoffice.depot.lane import Place
 from postoffice.display import one_line
 from postoffice.exceptions import DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
-from postoffice.intake.reader import Reader
+from postoffice.intake.reader import Reader, open_message
 from postoffice.intake.reading import ReaderProcess
-from postoffice.message import Envelope, Message
-from postoffice.queue import BLOB_SIZE, Queue, header_values
+from postoffice.message import Envelope
+from postoffice.queue import Queue, header_values
 from postoffice.routing import Decision, explain
 
 if TYPE_CHECKING:
@@ -242,22 +241,13 @@ class PostOffice:
         """
         routing = self.settings.routing
         size = os.fstat(file.fileno()).st_size
-        oversize = routing.is_oversize(size)
-        raw: bytes | mmap.mmap
-        if oversize:
-            start = file.read(_LONGEST_HEADER)
-            ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
-            header = start[: min(ends, default=len(start))]
-            raw = oversize_message(header, size, routing.max_message_size or 0)
-        elif size < BLOB_SIZE:
-            raw = file.read()
-        else:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        message = Message.from_bytes(raw, (("X-Postoffice-Date", str(arrived // 1_000_000_000)),))
-        message.envelope = Envelope.from_trace(message, arrived)
-        message.oversize = oversize
+        message = open_message(routing, file.fileno(), arrived)
         return Explanation(
-            explain(routing, message), message.envelope, size, oversize, header_values(message)
+            explain(routing, message),
+            Envelope.from_trace(message, arrived),
+            size,
+            message.oversize,
+            header_values(message),
         )
 
     @contextmanager

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from zope.interface import implementer
 
 from postoffice.delivery import Prepared
 from postoffice.exceptions import LimitExceeded
 from postoffice.intake.reader import Reader, SpoolFile, Unreadable
 from postoffice.intake.reading import ReaderProcess
+from postoffice.interfaces import IFilter
 from postoffice.message import Message
 from postoffice.queue import BLOB_SIZE
 from postoffice.routing import QueueRule, Routing, Verdict
@@ -23,6 +25,7 @@ MAILS = sorted((Path(__file__).parent / "mail").glob("*.eml"))
 HEADER = b"From: a@example.net\nTo: b@example.com\nMessage-ID: <1@x>\nSubject: hello\n\n"
 
 
+@implementer(IFilter)
 class Misbehaving:
     """A filter that does what the Subject says, as a defect in any filter might."""
 

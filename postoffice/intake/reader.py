@@ -17,7 +17,7 @@ from postoffice.message import Envelope, Message
 from postoffice.queue import BLOB_SIZE
 from postoffice.routing import Routing
 
-__all__ = ["Reader", "SpoolFile", "Unreadable"]
+__all__ = ["Reader", "SpoolFile", "Unreadable", "open_message"]
 
 _LONGEST_HEADER = 1 << 20
 
@@ -115,33 +115,42 @@ class Reader:
     def _read(
         self, file: SpoolFile, descriptor: int, status: os.stat_result
     ) -> Prepared | Unreadable:
-        size = status.st_size
-        if self._routing.is_oversize(size):
-            return self._oversize(file, descriptor, status)
-        if size < BLOB_SIZE:
-            raw = os.read(descriptor, BLOB_SIZE)
-            while len(raw) < BLOB_SIZE and (more := os.read(descriptor, BLOB_SIZE)):
-                raw += more
-            if len(raw) < BLOB_SIZE:
-                return self._prepare(raw, file, status.st_mtime_ns, len(raw), oversize=False)
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-            return self._prepare(mapped, file, status.st_mtime_ns, size, oversize=False)
+        message = open_message(self._routing, descriptor, status.st_mtime_ns)
+        return prepare(self._routing, self._loop, message, file.name, self._way, status.st_size)
 
-    def _oversize(
-        self, file: SpoolFile, descriptor: int, status: os.stat_result
-    ) -> Prepared | Unreadable:
+
+def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:
+    """Return the message in an open file, as the rules are to see it.
+
+    A large one is mapped, not copied.  Of one that is oversize only the header is read.
+
+    :param descriptor: a regular file, at its beginning.
+    :param arrived: nanoseconds since the epoch.
+    :raises OSError: the file cannot be read.
+    """
+    size = os.fstat(descriptor).st_size
+    oversize = routing.is_oversize(size)
+    raw: bytes | mmap.mmap
+    if oversize:
         start = os.read(descriptor, _LONGEST_HEADER)
         ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
-        limit = self._routing.max_message_size or 0
-        raw = oversize_message(start[: min(ends, default=len(start))], status.st_size, limit)
-        return self._prepare(raw, file, status.st_mtime_ns, status.st_size, oversize=True)
+        header = start[: min(ends, default=len(start))]
+        raw = oversize_message(header, size, routing.max_message_size or 0)
+    else:
+        raw = _read_small(descriptor) if size < BLOB_SIZE else b""
+        if len(raw) >= BLOB_SIZE or size >= BLOB_SIZE:
+            # Not closed, since an error may hold a view of it; it goes with the message.
+            raw = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    message = Message.from_bytes(raw, (("X-Postoffice-Date", str(arrived // 1_000_000_000)),))
+    message.envelope = Envelope.from_trace(message, arrived)
+    if oversize:
+        message.oversize = True
+    return message
 
-    def _prepare(
-        self, raw: bytes | mmap.mmap, file: SpoolFile, arrived: int, size: int, *, oversize: bool
-    ) -> Prepared:
-        own = (("X-Postoffice-Date", str(arrived // 1_000_000_000)),)
-        message = Message.from_bytes(raw, own)
-        message.envelope = Envelope.from_trace(message, arrived)
-        if oversize:
-            message.oversize = True
-        return prepare(self._routing, self._loop, message, file.name, self._way, size)
+
+def _read_small(descriptor: int) -> bytes:
+    """Read a file, or the first part of one that has grown to be large meanwhile."""
+    raw = os.read(descriptor, BLOB_SIZE)
+    while len(raw) < BLOB_SIZE and (more := os.read(descriptor, BLOB_SIZE)):
+        raw += more
+    return raw

@@ -25,12 +25,13 @@ PACKAGE = ROOT / "postoffice"
 # A room is a module of postoffice, or a folder with all that is in it.  A room may import those of
 # its own line and of the lines above it.
 LAYERS = (
-    ("exceptions", "interfaces"),
+    ("exceptions", "interfaces", "display"),
     ("expressions", "headers", "mime", "postfix"),
     ("message",),
-    ("filters", "loops", "bounces"),
+    ("filters", "loops", "bounces", "fingerprints"),
     ("routing",),
     ("depot",),
+    ("claims", "database", "outbound"),
     ("queue", "config"),
     ("__init__",),
     ("delivery",),
@@ -44,7 +45,12 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 # Of the rooms open to them, these may import no others.
 NARROWED = {
     "depot": {"exceptions", "interfaces", "message"},
-    "queue": {"exceptions", "interfaces", "message", "bounces", "depot"},
+    "queue": {
+        *("exceptions", "interfaces", "headers", "message", "bounces", "fingerprints", "loops"),
+        *("depot", "claims", "database", "outbound"),
+    },
+    "claims": {"depot"},
+    "database": {"display", "exceptions"},
     "postfix": {"exceptions"},
 }
 
@@ -75,12 +81,22 @@ def _rank(room: str) -> int:
     return RANK.get(room, len(LAYERS))
 
 
+class _WithoutTypes(ast.NodeTransformer):
+    """Leaves out what only a type checker imports: a name in a signature is no dependency."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return node.orelse
+        return self.generic_visit(node)
+
+
 def _imported_names(module: str, path: Path) -> Iterator[str]:
     """Yield the full dotted name of whatever a module imports, wherever in it."""
     package = ["postoffice", *module.split(".")]
     if path.name != "__init__.py" or module == "__init__":
         package.pop()
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    tree = _WithoutTypes().visit(ast.parse(path.read_bytes(), str(path)))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import parse_qsl, urlsplit
 
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
@@ -20,8 +19,9 @@ from ZODB.POSException import POSError
 
 from postoffice import config
 from postoffice.claims import holder_is_gone
-from postoffice.database import open_database
+from postoffice.database import blob_folder, database_file, open_database
 from postoffice.delivery import Intake
+from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import find_folder, make_folder
 from postoffice.depot.lane import Place
 from postoffice.display import one_line
@@ -171,6 +171,16 @@ class PostOffice:
             time.sleep(0.01 * attempt)
         raise AssertionError("the last attempt returns or raises")
 
+    def _sync_folders(self) -> None:
+        """Have the folders written to the disk in which a new database was made.
+
+        ZODB writes its file to the disk, and not the name of the file.
+        """
+        uri = self.settings.zodb_uri
+        made = (database_file(uri), blob_folder(uri))
+        for folder in {os.path.dirname(path) for path in made if path is not None}:
+            sync_folder(folder)
+
     def import_messages(
         self,
         progress: Callable[[int, int], None] | None = None,
@@ -191,7 +201,8 @@ class PostOffice:
         reader = ReaderProcess(Reader(settings.routing, settings.loop))
         try:
             archive = self.archive()
-            self.reconcile_queues()
+            if self.reconcile_queues():
+                self._sync_folders()
             with self.connection() as connection:
                 folder = self.folder(connection)
                 connection.transaction_manager.abort()
@@ -335,9 +346,8 @@ def _mend_blob_folder(uri: str) -> None:
     ZODB does not open a blob folder with an empty marker, and takes an empty folder without one for
     that of an old release, which has a layout that is slow with many blobs.
     """
-    parts = urlsplit(uri)
-    folder = dict(parse_qsl(parts.query)).get("blobstorage_dir")
-    if parts.scheme != "file" or not folder or not os.path.isdir(folder):
+    folder = blob_folder(uri)
+    if folder is None or not os.path.isdir(folder):
         return
     marker = os.path.join(folder, LAYOUT_MARKER)
     if {*os.listdir(folder)} <= {LAYOUT_MARKER, "tmp"} and (

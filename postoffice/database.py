@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import zc.lockfile
+import ZConfig
 import zodburi
 from ZODB.DB import DB
 from ZODB.POSException import POSError, ReadOnlyError
@@ -46,7 +47,7 @@ def _open(uri: str, shown: str) -> DB:
         storage_factory, options = zodburi.resolve_uri(uri)
     except KeyError as error:
         raise DepotUnavailable(f"zodb_uri {shown}: no such kind of database: {error}") from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, ZConfig.ConfigurationError) as error:
         raise DepotUnavailable(f"zodb_uri {shown}: {_one_line(error)}") from error
     storage = None
     try:

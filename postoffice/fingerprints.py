@@ -42,5 +42,6 @@ def sender_digest(user: str) -> bytes:
 
 def values_digest(values: Sequence[tuple[str, str]]) -> bytes:
     """Return 8 bytes that stand for the values of some headers, in whatever order."""
-    text = "\0".join(f"{name.lower()}\0{value}" for name, value in sorted(values))
+    pairs = sorted((name.lower(), value) for name, value in values)
+    text = "\0".join(f"{name}\0{value}" for name, value in pairs)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]

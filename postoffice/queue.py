@@ -29,7 +29,6 @@ from typing import Any
 
 from ZODB.blob import Blob
 from ZODB.interfaces import IBlobStorage
-from ZODB.POSException import POSError
 from zope.interface import implementer
 
 from postoffice.bounces import compose_bounce, compose_quarantine_notice
@@ -88,7 +87,9 @@ class ClosingPair(tuple[Any, Any]):
 
 
 def open_queue(db_or_uri: Any, queue_name: str, path: str = "postoffice") -> ClosingPair:
-    """Open a queue: ``queue, close = open_queue(...)`` or ``with open_queue(...) as queue:``.
+    """Open a queue, and whatever has to be opened for it.
+
+    Either ``queue, close = open_queue(...)`` or ``with open_queue(...) as queue:``.
 
     :param db_or_uri: an open ``ZODB.DB``, which stays open, or a zodburi URI.
     :param queue_name: the queue's name.
@@ -288,8 +289,11 @@ class Queue:
             finished, self._finished = self._finished, []
             try:
                 self._claims.release(finished)
-            except (POSError, OSError) as error:
-                log.warning("queue %r: claims stay until they expire: %s", self.name, error)
+            except Exception as error:
+                # The abort or close that this follows must go on, in a database that is being
+                # closed, or lost, too.  For this process the holder is gone; others wait.
+                self._claims = None
+                log.warning("queue %r: claims stay until they expire: %r", self.name, error)
 
     # -- taking ------------------------------------------------------------------------------------
 
@@ -545,13 +549,9 @@ class Queue:
         sender = sender_digest(_sender(own.get("From") or ""))
         self.arrived(sender, values, arrived, int(time.time()), keep=_DAY)
 
-    def arrived(
-        self, sender: bytes, values: bytes, arrived: int, seconds: int, keep: int
-    ) -> None:
+    def arrived(self, sender: bytes, values: bytes, arrived: int, seconds: int, keep: int) -> None:
         """Remember an arrival; see :meth:`postoffice.depot.history.ArrivalIndex.add`."""
-        self._arrival_index().add(
-            sender, values, arrived, seconds, self.record.lane_number, keep
-        )
+        self._arrival_index().add(sender, values, arrived, seconds, self.record.lane_number, keep)
 
     def arrivals(self, sender: bytes, values: bytes | None) -> list[int]:
         """Return when messages of a sender arrived, in nanoseconds since the epoch."""
@@ -630,6 +630,9 @@ class Queue:
         if send is not None and notice_from is None:
             raise ValueError("give notice_from, the address that the notice comes from")
         own = _as_message(message)
+        notice = None
+        if send is not None and notice_from is not None:
+            notice = compose_quarantine_notice(own, notice_from, datetime.now(UTC))
         work = self._work()
         entry = self._entry_to_quarantine(own, work)
         entry.fail(_error_text(error))
@@ -640,10 +643,8 @@ class Queue:
         own.id = message.id = entry.id  # type: ignore[attr-defined]  # any message may carry it
         own.queue_name = self.name
         own.entry = entry
-        if send is not None and notice_from is not None:
-            notice = compose_quarantine_notice(own, notice_from, datetime.now(UTC))
-            if notice is not None:
-                hand_over(notice, send, self._transaction())
+        if send is not None and notice is not None:
+            hand_over(notice, send, self._transaction())
         return entry.id
 
     def _entry_to_quarantine(self, message: Message, work: _Work) -> Entry:
@@ -700,7 +701,9 @@ class Queue:
     def requeue_quarantined_messages(self) -> int:
         """See :meth:`postoffice.interfaces.IQueue.requeue_quarantined_messages`."""
         work = self._work()
-        entries = sorted(self.record.quarantine_after(), key=lambda found: (found.arrived, found.id))
+        entries = sorted(
+            self.record.quarantine_after(), key=lambda found: (found.arrived, found.id)
+        )
         for entry in entries:
             self._requeue(entry, work)
         return len(entries)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,7 +103,9 @@ def _child(request: dict[str, Any], output: int, go: int) -> NoReturn:
     except BaseException:
         traceback.print_exc(file=sys.stdout)
     finally:
-        sys.stdout.flush()
+        # What strace fails last is what this program says of itself.
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
 
 

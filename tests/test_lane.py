@@ -15,9 +15,9 @@ from ZODB.POSException import ConflictError
 
 from postoffice.depot.entry import Body, Entry
 from postoffice.depot.ids import new_id
-from postoffice.depot.lane import LANES, SEGMENT_SIZE, Lane, Place
+from postoffice.depot.lane import SEGMENT_SIZE, Lane, Place
 from postoffice.exceptions import QueueMissing, QueueNotEmpty
-from tests.depots import QUEUE, Depot, Seat, depot, local_depot, mail, one, seat, subjects, two
+from tests.depots import QUEUE, Seat, depot, local_depot, mail, one, seat, subjects, two
 
 __all__ = ["depot", "local_depot", "one", "seat", "two"]
 
@@ -28,13 +28,13 @@ def commit_both(first: str, producer: Seat, other: Seat) -> tuple[bool, bool]:
     """Commit both seats in this order; return whether the producer's and the other's went well."""
     went = {}
     order = [producer, other] if first == "producer first" else [other, producer]
-    for seat in order:
+    for committing in order:
         try:
-            seat.commit()
-            went[seat] = True
+            committing.commit()
+            went[committing] = True
         except ConflictError:
-            seat.abort()
-            went[seat] = False
+            committing.abort()
+            went[committing] = False
     return went[producer], went[other]
 
 

@@ -190,14 +190,14 @@ def test_a_large_file_that_changes_meanwhile_waits(
     spool.put(large("other"))
 
     def change(prepared: list[Prepared]) -> None:
-        path.write_bytes(large("behind", 150_000))
+        path.write_bytes(large("behind", BLOB_SIZE + 5000))
 
     before_storing(monkeypatch, change)
     spool.run()
     assert spool.raws() == [large("other")]
     assert spool.waiting() == [f"new/{path.name}"]
     spool.run()
-    assert spool.raws() == [large("other"), large("behind", 150_000)]
+    assert spool.raws() == [large("other"), large("behind", BLOB_SIZE + 5000)]
 
 
 def test_files_of_one_unique_name_are_all_imported(spool: Spool) -> None:

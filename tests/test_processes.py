@@ -87,7 +87,7 @@ def exactly_once(folder: Path, seed: int, count: int, kills: int) -> None:
 
 
 def test_each_message_exactly_once(tmp_path: Path) -> None:
-    """With consumers that abort and are killed, in + out balance: each message is once somewhere."""
+    """With consumers that abort and are killed, each message is somewhere, and once."""
     exactly_once(tmp_path, seed=1, count=150, kills=3)
 
 

@@ -6,7 +6,8 @@ import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -569,7 +570,13 @@ def test_errors_are_text(seat: Seat) -> None:
             return sys.exc_info()
 
     seat.begin()
-    errors = [raised(Rude()), (None, None, None), None, "x" * 10**6, raised(ValueError("y" * 10**6))]
+    errors = [
+        raised(Rude()),
+        (None, None, None),
+        None,
+        "x" * 10**6,
+        raised(ValueError("y" * 10**6)),
+    ]
     for number, error in enumerate(errors):
         seat.queue.quarantine(Message.from_bytes(mail(str(number))), error)
     seat.commit()
@@ -858,10 +865,15 @@ def test_leaving_the_block_aborts(local: Depot) -> None:
     """What is not committed at the end of a ``with`` block never was; an error comes through."""
     seat = local.seat()
     seat.add("a")
-    with pytest.raises(ZeroDivisionError), open_queue(seat.database, QUEUE) as queue:
-        queue.add(mail("b"))
-        queue.pop_next()
-        raise ZeroDivisionError
+
+    def failing_application() -> None:
+        with open_queue(seat.database, QUEUE) as queue:
+            queue.add(mail("b"))
+            queue.pop_next()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing_application()
     assert look(seat) == (["a"], [])
     seat.begin()
     assert take(seat) == "a"
@@ -1012,8 +1024,6 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stack = contextlib.ExitStack()
-        import tempfile
-
         folder = self.stack.enter_context(tempfile.TemporaryDirectory())
         self.depot = self.stack.enter_context(file_depot(Path(folder)))
         self.seat = self.depot.seat()

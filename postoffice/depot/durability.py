@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["BlobDurability", "sync_folder"]
 
 
-# Folders that this process has seen written to the disk, in the folders above them.
-_durable: set[str] = set()
+# Folders that this process has seen written to the disk, in the folders above them, by their
+# inodes: packing removes empty ones, and later blobs may need them again.
+_durable: dict[str, int] = {}
 _MOST_KNOWN = 100_000
 
 
@@ -53,7 +54,7 @@ class BlobDurability:
         self.transaction_manager = connection.transaction_manager
         self._helper = getattr(connection.db().storage, "fshelper", None)
         self._blobs: list[Blob] = []
-        self._made: set[str] = set()
+        self._made: dict[str, int] = {}
 
     def watch(self, blob: Blob) -> None:
         """Take care of one new blob."""
@@ -90,8 +91,11 @@ class BlobDurability:
                     _sync_file(os.path.join(folder, name))
             folders.add(folder)
             # A folder that is new has to be written in the one above, up to one that is known.
-            while len(folder) > len(base) and folder not in _durable:
-                self._made.add(folder)
+            while len(folder) > len(base):
+                inode = os.stat(folder).st_ino
+                if _durable.get(folder) == inode:
+                    break
+                self._made[folder] = inode
                 folder = os.path.dirname(folder)
                 folders.add(folder)
         for folder in folders:

@@ -22,8 +22,8 @@ from persistent import Persistent
 __all__ = [
     "CHUNK_BYTES",
     "DUPLICATE_SECONDS",
-    "Arrivals",
     "ArrivalIndex",
+    "Arrivals",
     "Chunk",
     "DuplicateIndex",
     "HistoryLog",
@@ -76,8 +76,8 @@ class HistoryLog(Persistent):
         """Return the number of the slot that this time falls in."""
         return max(1, seconds // self.slot_seconds)
 
-    def append(self, record: bytes, seconds: int, lane: int, keep: int) -> tuple[Chunk, int]:
-        """Append a record; return the chunk that it went to and its place there.
+    def append(self, record: bytes, seconds: int, lane: int, keep: int) -> tuple[int, int, int]:
+        """Append a record; return its slot, the key of its chunk, and its place there.
 
         :param seconds: the time now, in seconds since the epoch; it chooses the slot.
         :param lane: the number of the producer's lane.
@@ -95,14 +95,24 @@ class HistoryLog(Persistent):
             key = _SENTINEL
         chunk: Chunk | None = chunks[key] if key >= first else None
         if chunk is None or len(chunk.data) + self.width > CHUNK_BYTES:
-            chunk = chunks[key + 1 if key >= first else first] = Chunk()
+            if len(self) > self.limit:
+                self._expire(seconds - keep)
+                # Its own slot may be among those that went.
+                chunks = self.slots.setdefault(number, LOBTree({_SENTINEL: None}))
+            key = key + 1 if key >= first else first
+            chunk = chunks[key] = Chunk()
         offset = len(chunk.data)
         chunk.data += record
         self.length.change(1)
-        return chunk, offset
+        return number, key, offset
+
+    def at(self, number: int, key: int, offset: int) -> bytes:
+        """Return the record at a place; ``b""`` when there is none."""
+        chunk: Chunk | None = self.slots.get(number, {}).get(key)
+        return b"" if chunk is None else chunk.data[offset : offset + self.width]
 
     def _expire(self, before: int) -> None:
-        for number in list(self.slots.keys(_SENTINEL + 1)):
+        for number in self.numbers():
             ended = (number + 1) * self.slot_seconds <= before
             if not ended and len(self) <= self.limit:
                 break
@@ -111,6 +121,11 @@ class HistoryLog(Persistent):
                 log.warning("history: over %d records, %d of the oldest go early", self.limit, size)
             del self.slots[number]
             self.length.change(-size)
+
+    def generation(self, number: int) -> bytes | int:
+        """Return what tells a slot from one of the same number that went early."""
+        tree = self.slots[number]
+        return tree._p_oid or id(tree)
 
     def numbers(self) -> list[int]:
         """Return the numbers of the slots that there are, oldest first."""
@@ -145,7 +160,9 @@ class _Index:
         self.history = history
         self.lanes = lanes
         self._read: dict[int, dict[int, int]] = {}
-        self._pending: dict[bytes, list[tuple[Chunk, int]]] = {}
+        self._generations: dict[int, bytes | int] = {}
+        self._newest = 0
+        self._pending: dict[bytes, list[tuple[int, int, int]]] = {}
 
     def begin(self) -> None:
         """Take in what was committed since the last call; forget what was not.
@@ -154,15 +171,21 @@ class _Index:
         """
         self._pending.clear()
         numbers = self.history.numbers()
-        for number in [known for known in self._read if known not in set(numbers)]:
-            self._read.pop(number, None)
-            self._forget(number)
+        generations = {number: self.history.generation(number) for number in numbers}
+        for number, generation in self._generations.items():
+            if generations.get(number) != generation:
+                self._read.pop(number, None)
+                self._forget(number)
+        self._generations = generations
+        # Others may have begun a slot since, and this one's last additions be in one before it.
+        growing = self._newest - 1
+        self._newest = numbers[-1] if numbers else 0
         for number in numbers:
             read = self._read.get(number)
             if read is None:
                 self._read[number] = read = {}
                 grown: Iterator[tuple[int, Chunk]] = self.history.chunks(number)
-            elif number >= numbers[-1] - 1:
+            elif number >= growing:
                 grown = self._grown(number, read)
             else:
                 continue
@@ -188,13 +211,13 @@ class _Index:
             if key != tail and key in read and read[key] <= full:
                 yield key, self.history.slots[number][key]
 
-    def _remember(self, key: bytes, chunk: Chunk, offset: int) -> None:
-        self._pending.setdefault(key, []).append((chunk, offset))
+    def _remember(self, key: bytes, place: tuple[int, int, int]) -> None:
+        self._pending.setdefault(key, []).append(place)
 
     def _pended(self, key: bytes, record: slice) -> Iterator[bytes]:
         """Iterate over this transaction's records that no rollback to a savepoint has undone."""
-        for chunk, offset in self._pending.get(key, ()):
-            data = chunk.data[offset : offset + self.history.width]
+        for place in self._pending.get(key, ()):
+            data = self.history.at(*place)
             if data[: len(key)] == key:
                 yield data[record]
 
@@ -228,7 +251,7 @@ class DuplicateIndex(_Index):
     def add(self, digest: bytes, seconds: int, lane: int) -> None:
         """Remember a digest; undone when the transaction aborts."""
         record = duplicate_record(digest, seconds)
-        self._remember(digest, *self.history.append(record, seconds, lane, keep=DUPLICATE_SECONDS))
+        self._remember(digest, self.history.append(record, seconds, lane, DUPLICATE_SECONDS))
 
     def _take(self, number: int, data: bytes) -> None:
         self._seen.update(_DUPLICATE.iter_unpack(data))
@@ -276,7 +299,7 @@ class ArrivalIndex(_Index):
         :param keep: how long arrivals matter, in seconds.
         """
         record = sender + values + arrived.to_bytes(8, "big")
-        self._remember(sender, *self.history.append(record, seconds, lane, keep))
+        self._remember(sender, self.history.append(record, seconds, lane, keep))
 
     def _take(self, number: int, data: bytes) -> None:
         for start in range(0, len(data), ARRIVAL_WIDTH):

@@ -33,6 +33,7 @@ import postoffice
 from postoffice import config, exceptions, filters, headers, interfaces, message, mime, routing
 from postoffice.api import PostOffice
 from postoffice.cli.group import postoffice as command
+from postoffice.database import open_database
 from postoffice.delivery import Intake
 from postoffice.depot.history import Throttles
 from postoffice.depot.queue import QueueRecord
@@ -504,6 +505,19 @@ def test_refusals_are_shown_in_full(block: Block, tmp_path: Path) -> None:
     with pytest.raises(exceptions.ConfigurationError) as caught:
         config.load(write_ini(block, tmp_path))
     assert str(caught.value) == " ".join(said.text.replace(PLACE, str(tmp_path)).split())
+
+
+def test_a_locked_database_says_what_is_shown(tmp_path: Path) -> None:
+    """What a locked database says is what the page on operating shows."""
+    (said,) = [block for block in BLOCKS if "is locked by" in block.text]
+    (tmp_path / "var").mkdir()
+    (tmp_path / "zeo.conf").touch()
+    uri = f"file://{tmp_path}/var/depot.fs?blobstorage_dir={tmp_path}/var/blobs"
+    with closing(open_database(uri)), pytest.raises(exceptions.DepotUnavailable) as caught:
+        open_database(uri)
+    text = str(caught.value).replace(str(tmp_path), PLACE)
+    text = re.sub(r"process \d+ \(.*?\)", "process 4711 (python billing.py)", text)
+    assert f"postoffice: {text}".split() == said.text.split()
 
 
 def test_logging_is_set_up_as_shown(tmp_path: Path) -> None:

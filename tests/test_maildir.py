@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transaction.interfaces import IDataManager
+from ZEO.Exceptions import ClientDisconnected
 from ZODB.POSException import ConflictError
+from zope.interface import implementer
 
 from postoffice.api import PostOffice
 from postoffice.delivery import Intake, Prepared, Result
@@ -200,13 +203,15 @@ def test_a_large_file_that_changes_meanwhile_waits(
     assert spool.raws() == [large("other"), large("behind", BLOB_SIZE + 5000)]
 
 
-def test_files_of_one_unique_name_are_all_imported(spool: Spool) -> None:
+def test_files_of_one_unique_name_are_all_imported(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two files whose names differ in flags alone are two messages, each imported once."""
     spool.put(mail("in new"), "same", second=0)
     spool.put(large("in cur"), "same:2,S", place="cur", second=1)
     spool.put(large("in cur too"), "same", place="cur", second=2)
-    for _ in range(3):
-        spool.run()
+    assert [spool.run().counts for _ in range(3)] == [{"queued": 1}] * 3
+    assert "waits for the next run" in caplog.text
     assert subjects(spool) == ["in new", "in cur", "in cur too"]
     assert spool.waiting() == []
     assert len(spool.archived()) == 3
@@ -657,3 +662,45 @@ def test_endless_conflicts_end(spool: Spool, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DepotUnavailable, match="refuses"):
         spool.run()
     assert len(spool.waiting()) == 1
+
+
+@implementer(IDataManager)
+class LosesConnection:
+    """Fails when the database has committed, as a client does whose server was killed then."""
+
+    transaction_manager = None
+
+    def sortKey(self) -> str:
+        """Sort last of all."""
+        return "~~~"
+
+    def nothing(self, transaction: Any) -> None:
+        """Do nothing."""
+
+    abort = tpc_begin = commit = tpc_vote = tpc_abort = nothing
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """Fail."""
+        raise ClientDisconnected("the server was killed after it had committed")
+
+
+def test_a_commit_in_doubt_is_looked_up(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that happened while the connection was lost is neither repeated nor miscounted."""
+    monkeypatch.setattr(maildir, "BATCH", 2)
+    for number in range(5):
+        spool.put(mail(f"mail {number}"))
+    spool.put(large("blob"))
+    original = MaildirImport._commit
+    commits: list[int] = []
+
+    def commit(self: MaildirImport) -> None:
+        commits.append(1)
+        if len(commits) % 2:
+            self._manager.get().join(LosesConnection())
+        original(self)
+
+    monkeypatch.setattr(MaildirImport, "_commit", commit)
+    assert spool.run().counts == {"queued": 6}
+    assert subjects(spool) == [*(f"mail {number}" for number in range(5)), "blob"]
+    assert spool.waiting() == []
+    assert len(spool.archived()) == 6

@@ -12,11 +12,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-WORDS = (
-    "the quick invoice of a meeting about our next release was sent on monday by their team and "
-    "nobody answered because every report came late while customers waited for order number "
-    "please find attached regards thanks support question problem server backup account change"
-).split()
+TEXT = (
+    "the quick invoice of a meeting about our next release was sent on monday by their team "
+    "and nobody answered because every report came late while customers waited for order "
+    "number please find attached regards thanks support question problem server backup"
+)
+WORDS = TEXT.split()
 
 HOSTS = (
     ("app.example.com", 40),

@@ -100,7 +100,7 @@ def prefill(folder: Path, waiting: int, remembered: int) -> None:
                         b"Subject: %d\n\nwaiting\n" % number,
                     )
                 if number < remembered:
-                    queue.remember(os.urandom(16), int(time.time()))
+                    queue.histories.remember(os.urandom(16), int(time.time()))
                 if number % 500 == 499:
                     manager.commit()
                     queue.forget_bodies()

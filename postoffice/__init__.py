@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         QueueEmpty,
         QueueMissing,
         QueueNotEmpty,
+        QueueRemoved,
         TemporaryError,
     )
     from postoffice.message import Message
@@ -47,6 +48,7 @@ __all__ = [
     "QueueEmpty",
     "QueueMissing",
     "QueueNotEmpty",
+    "QueueRemoved",
     "TemporaryError",
     "find_queue",
     "open_queue",

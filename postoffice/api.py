@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
-from ZODB.blob import LAYOUT_MARKER
 from ZODB.POSException import POSError
 
 from postoffice import config
@@ -24,6 +23,7 @@ from postoffice.delivery import Intake
 from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import find_folder, make_folder
 from postoffice.depot.lane import Place
+from postoffice.description import header_values
 from postoffice.display import one_line
 from postoffice.exceptions import DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
@@ -31,7 +31,7 @@ from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader, open_message
 from postoffice.intake.reading import ReaderProcess
 from postoffice.message import Envelope
-from postoffice.queue import Queue, header_values
+from postoffice.queue import Queue
 from postoffice.routing import Decision, explain
 
 if TYPE_CHECKING:
@@ -85,10 +85,6 @@ class PostOffice:
         :raises DepotUnavailable: it cannot be opened now.
         """
         if self._database is None:
-            try:
-                _mend_blob_folder(self.settings.zodb_uri)
-            except OSError as error:
-                raise DepotUnavailable(f"the blob folder: {one_line(error)}") from error
             self._database = open_database(self.settings.zodb_uri)
         return self._database
 
@@ -338,23 +334,6 @@ class PostOffice:
 
         done: int = self._committed(work)
         return done
-
-
-def _mend_blob_folder(uri: str) -> None:
-    """Write the marker of a blob folder that a process was killed while making.
-
-    ZODB does not open a blob folder with an empty marker, and takes an empty folder without one for
-    that of an old release, which has a layout that is slow with many blobs.
-    """
-    folder = blob_folder(uri)
-    if folder is None or not os.path.isdir(folder):
-        return
-    marker = os.path.join(folder, LAYOUT_MARKER)
-    if {*os.listdir(folder)} <= {LAYOUT_MARKER, "tmp"} and (
-        not os.path.exists(marker) or os.path.getsize(marker) == 0
-    ):
-        with open(marker, "w", encoding="ascii") as file:
-            file.write("bushy")
 
 
 @dataclass(frozen=True, slots=True)

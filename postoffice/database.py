@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 import zc.lockfile
 import ZConfig
 import zodburi
+from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
 from ZODB.POSException import POSError, ReadOnlyError
 
@@ -38,7 +39,28 @@ def open_database(uri: str) -> DB:
     :raises DepotUnavailable: it is locked, unreachable or unreadable; the text says what and,
         for a locked file, which process holds it and how to let several processes in.
     """
+    try:
+        _mend_blob_folder(uri)
+    except OSError as error:
+        raise DepotUnavailable(f"the blob folder: {_one_line(error)}") from error
     return _open(uri, _shown(uri))
+
+
+def _mend_blob_folder(uri: str) -> None:
+    """Write the marker of a blob folder that a process was killed while making.
+
+    ZODB does not open a blob folder with an empty marker, and takes an empty folder without one for
+    that of an old release, which has a layout that is slow with many blobs.
+    """
+    folder = blob_folder(uri)
+    if folder is None or not os.path.isdir(folder):
+        return
+    marker = os.path.join(folder, LAYOUT_MARKER)
+    if {*os.listdir(folder)} <= {LAYOUT_MARKER, "tmp"} and (
+        not os.path.exists(marker) or os.path.getsize(marker) == 0
+    ):
+        with open(marker, "w", encoding="ascii") as file:
+            file.write("bushy")
 
 
 def _open(uri: str, shown: str) -> DB:

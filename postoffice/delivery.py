@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from postoffice.depot.entry import trail_text
+from postoffice.description import header_values
 from postoffice.fingerprints import duplicate_digest, raw_digest, sender_digest, values_digest
 from postoffice.loops import LoopRule, is_bcc, loop_headers, sender_of, triggers
 from postoffice.message import Message
-from postoffice.queue import Queue, header_values
+from postoffice.queue import Queue
 from postoffice.routing import (
     Decision,
     Routing,
@@ -228,21 +229,21 @@ class Intake:
             return Result(message, decision, None)
         queue = self.queue(decision.queue)
         seconds = now // 1_000_000_000
-        if queue.seen(message.duplicate, seconds):
+        if queue.histories.seen(message.duplicate, seconds):
             return Result(message, as_duplicate(decision), None)
         if self._loop is not None and message.sender:
             if self._throttled(queue, self._loop, message):
                 decision = as_throttled(decision)
             keep = max(_SHORTEST_MEMORY, self._loop.interval // 1_000_000_000 + 1)
             arrived = message.values["arrived"]
-            queue.arrived(message.sender, message.loop_values, arrived, seconds, keep)
+            queue.histories.arrived(message.sender, message.loop_values, arrived, seconds, keep)
         values = dict(message.values)
         if decision.marks:
             values["marks"] = decision.marks
         place = archive(message)
         if place:
             values["archive"] = place
-        queue.remember(message.duplicate, seconds)
+        queue.histories.remember(message.duplicate, seconds)
         raw = message.raw
         id = queue.add_entry(values, raw if raw is not None else lambda blob: fill(message, blob))
         return Result(message, decision, id)
@@ -251,11 +252,13 @@ class Intake:
     def _throttled(queue: Queue, loop: LoopRule, message: Prepared) -> bool:
         key = message.sender + message.loop_values
         arrived = message.values["arrived"]
-        if queue.throttled_until(key) >= arrived:
+        if queue.histories.throttled_until(key) >= arrived:
             return True
-        times = queue.arrivals(message.sender, message.loop_values if loop.headers else None)
+        times = queue.histories.arrivals(
+            message.sender, message.loop_values if loop.headers else None
+        )
         if not triggers(loop, times, arrived):
             return False
         until = arrived + int(loop.period * 1_000_000_000)
-        queue.throttle_until(key, until, arrived)
+        queue.histories.throttle(key, until, arrived)
         return True

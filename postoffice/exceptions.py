@@ -27,6 +27,7 @@ __all__ = [
     "QueueEmpty",
     "QueueMissing",
     "QueueNotEmpty",
+    "QueueRemoved",
     "TemporaryError",
 ]
 
@@ -120,6 +121,15 @@ class QueueMissing(_Named):
         """Remember the name asked for and list the queues that exist."""
         names = ", ".join(repr(name) for name in there_are)
         super().__init__(f"no queue {queue_name!r}; there are: {names or 'none'}")
+        self.queue_name = queue_name
+
+
+class QueueRemoved(QueueMissing):
+    """The queue was there when this object was made for it, and has been removed since."""
+
+    def __init__(self, queue_name: str) -> None:
+        """Remember the queue's name."""
+        _Named.__init__(self, f"queue {queue_name!r} was removed")
         self.queue_name = queue_name
 
 

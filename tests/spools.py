@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 from zope.interface import implementer
 
 from postoffice import config
@@ -30,8 +31,20 @@ filters =
     header_regexp: ^(?:From|Subject):
 """
 
+# Each file system of these is another than that of the temporary folder, if any is.
+OTHER_FILE_SYSTEMS = ("/dev/shm", "/run", "/var/tmp", "/tmp", str(Path.home()))  # noqa: S108
+
 # A second from this one, in nanoseconds, is the first mail's arrival.
 EPOCH = 1_700_000_000_000_000_000
+
+
+def other_file_system(than: Path) -> Path:
+    """Return a folder that can be written on another file system."""
+    for name in OTHER_FILE_SYSTEMS:
+        path = Path(name)
+        if path.is_dir() and os.access(path, os.W_OK) and path.stat().st_dev != than.stat().st_dev:
+            return path
+    pytest.skip("there is no second file system that this user can write to")
 
 
 def digest(raw: bytes) -> str:

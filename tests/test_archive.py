@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from postoffice.intake.archive import Archive, Failure, local_day
-from tests.test_crash import other_file_system
+from tests.spools import other_file_system
 
 DAY = date(2026, 11, 21)
 NOON = datetime(2026, 11, 21, 12).astimezone().timestamp()

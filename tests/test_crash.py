@@ -22,7 +22,7 @@ import pytest
 from postoffice.exceptions import PostofficeError
 from postoffice.queue import BLOB_SIZE
 from tests.crash_import import BUSY, DEFECT, FAILED, ImportServer
-from tests.spools import FILE_STORAGE, Spool, Stored, digest, large, mail
+from tests.spools import FILE_STORAGE, Spool, Stored, digest, large, mail, other_file_system
 
 # The system calls that change something, or whose failure must.
 CHANGING = (
@@ -43,9 +43,6 @@ OPENING = ("openat", "getdents64", "pread64")
 EIO = ("rename", "linkat", "unlink", "mkdir", "fsync", "write", "pwrite64", "ftruncate", *OPENING)
 ENOSPC = ("write", "pwrite64", "mkdir", "rename", "linkat", "openat")
 
-# Each file system of these is another than that of the temporary folder, if any is.
-OTHER_FILE_SYSTEMS = ("/dev/shm", "/run", "/var/tmp", "/tmp", str(Path.home()))  # noqa: S108
-
 #: ``PLACE/FAULT/CALL/NUMBER``, as a failure names it, for that one alone; CALL may be a ``*``.
 ONLY = os.environ.get("POSTOFFICE_SWEEP", "")
 
@@ -56,15 +53,6 @@ class World:
 
     spool: Spool
     expected: Stored
-
-
-def other_file_system(than: Path) -> Path:
-    """Return a folder that can be written on another file system."""
-    for name in OTHER_FILE_SYSTEMS:
-        path = Path(name)
-        if path.is_dir() and os.access(path, os.W_OK) and path.stat().st_dev != than.stat().st_dev:
-            return path
-    pytest.skip("there is no second file system that this user can write to")
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,7 @@ OUTCOMES: dict[str, Callable[[World], None]] = {
     "no-queue": names_the_queues,
     "pyramid": serves_requests,
     "message": says_what_it_is,
-    "marks": tells_marked_messages,
+    "wanted": tells_marked_messages,
     "bounce": sends_a_notice,
     "bounce-repoze": queues_a_notice,
     "quarantine": puts_back,
@@ -516,7 +516,8 @@ def test_a_locked_database_says_what_is_shown(tmp_path: Path) -> None:
     with closing(open_database(uri)), pytest.raises(exceptions.DepotUnavailable) as caught:
         open_database(uri)
     text = str(caught.value).replace(str(tmp_path), PLACE)
-    text = re.sub(r"process \d+ \(.*?\)", "process 4711 (python billing.py)", text)
+    mine = "process 4711 (python billing.py); a FileStorage"
+    text = re.sub(r"process \d+ \(.*\); a FileStorage", mine, text)
     assert f"postoffice: {text}".split() == said.text.split()
 
 

@@ -140,13 +140,13 @@ def test_adding_reads_no_history(local: Depot) -> None:
     digests = [number.to_bytes(16, "big") for number in range(5000)]
     first.begin()
     for digest in digests:
-        first.queue.remember(digest, NOW)
+        first.queue.histories.remember(digest, NOW)
     first.commit()
     chunks = [chunk for _, chunk in first.record.duplicates.chunks(NOW // 3600)]
     assert len(chunks) == -(-5000 * DUPLICATE_WIDTH // CHUNK_BYTES)
     second = local.seat()
     second.begin()
-    second.queue.remember(b"x" * 16, NOW)
+    second.queue.histories.remember(b"x" * 16, NOW)
     states = [chunk._p_changed for _, chunk in second.record.duplicates.chunks(NOW // 3600)]
     assert sum(state is not None for state in states) <= 2
 
@@ -155,16 +155,16 @@ def test_a_look_costs_the_same_however_long_the_history(seat: Seat) -> None:
     """After the first look, each transaction reads only what was appended since."""
     seat.begin()
     for number in range(20_000):
-        seat.queue.remember(number.to_bytes(16, "big"), NOW + number // 10)
+        seat.queue.histories.remember(number.to_bytes(16, "big"), NOW + number // 10)
     seat.commit()
     seat.begin()
-    assert seat.queue.seen((7).to_bytes(16, "big"), NOW)
+    assert seat.queue.histories.seen((7).to_bytes(16, "big"), NOW)
     seat.commit()
     seat.connection.cacheMinimize()
     seat.begin()
     loads_before = seat.connection.getTransferCounts()[0]
-    assert seat.queue.seen((19_999).to_bytes(16, "big"), NOW)
-    assert not seat.queue.seen(b"x" * 16, NOW)
+    assert seat.queue.histories.seen((19_999).to_bytes(16, "big"), NOW)
+    assert not seat.queue.histories.seen(b"x" * 16, NOW)
     # The record of the queue, the log, its tree of slots, and the ends of the last two slots.
     assert seat.connection.getTransferCounts()[0] - loads_before < 20
 
@@ -397,6 +397,6 @@ def test_the_intake_and_the_application_count_the_same_senders(seat: Seat) -> No
     """What is counted for a sender's address is found by the whole From header."""
     queue: Queue = seat.queue
     seat.begin()
-    queue.arrived(sender_digest("h@example.com"), b"v" * 8, NOW * SECOND, NOW, keep=3600)
+    queue.histories.arrived(sender_digest("h@example.com"), b"v" * 8, NOW * SECOND, NOW, keep=3600)
     assert queue.get_instantaneous_frequency('"Harry" <H@example.com>', at(60)) == 1.0
     assert mail("a").startswith(b"Return-Path")

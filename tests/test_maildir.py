@@ -28,8 +28,7 @@ from postoffice.intake import maildir
 from postoffice.intake.archive import local_day
 from postoffice.intake.maildir import Maildir, MaildirBusy, MaildirImport, identity, unique
 from postoffice.queue import BLOB_SIZE
-from tests.spools import EPOCH, Spool, digest, large, mail, post_office
-from tests.test_crash import other_file_system
+from tests.spools import EPOCH, Spool, digest, large, mail, other_file_system, post_office
 
 
 @pytest.fixture

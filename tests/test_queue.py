@@ -181,9 +181,9 @@ def test_a_holder_that_is_gone_holds_nothing(depot: Depot, one: Seat) -> None:
     lost.commit()
     assert queue.pop_next()["Subject"] == "b"
     # As after a crash: nobody gave anything back.
-    assert queue._claims is not None
-    claims._living.pop(queue._claims.holder)
-    queue._claims.held.clear()
+    assert queue._taking.claims is not None
+    claims._living.pop(queue._taking.claims.holder)
+    queue._taking.claims.held.clear()
     assert look(one) == (["b", "c"], [])
     one.begin()
     assert [take(one), take(one)] == ["b", "c"]

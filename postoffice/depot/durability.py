@@ -44,15 +44,20 @@ class _KeepWatching:
 class BlobDurability:
     """Joins a transaction that makes blobs, and votes for it when they are on the disk.
 
-    Its vote comes after the database has put the blob files into their places and before anything
-    is committed; an error there (EIO, ENOSPC) aborts the transaction.  Storages that keep blobs
-    elsewhere than in a folder of this machine look after them themselves.
+    Its vote comes last, after the database has put the blob files into their places and before
+    anything is committed; an error there (EIO, ENOSPC) aborts the transaction.  Storages that keep
+    blobs elsewhere than in a folder of this machine look after them themselves.
+
+    From the vote on the files stay.  When the very last step fails (the disk reports an error
+    late), the transaction may be in the database all the same, and ZODB would then remove its
+    blobs.  Files that belong to nothing go when the database is packed.
     """
 
     def __init__(self, connection: Any) -> None:
         """Watch over new blobs of this connection."""
         self.transaction_manager = connection.transaction_manager
-        self._helper = getattr(connection.db().storage, "fshelper", None)
+        self._storage = connection.db().storage
+        self._helper = getattr(self._storage, "fshelper", None)
         self._blobs: list[Blob] = []
         self._made: dict[str, int] = {}
 
@@ -61,8 +66,8 @@ class BlobDurability:
         self._blobs.append(blob)
 
     def sortKey(self) -> str:
-        """Sort behind the database's own data managers."""
-        return "~postoffice.blobs"
+        """Sort last: whoever votes behind this one could still abort the transaction."""
+        return "~~postoffice.blobs"
 
     def savepoint(self) -> _KeepWatching:
         """See ``ISavepointDataManager``."""
@@ -100,6 +105,9 @@ class BlobDurability:
                 folders.add(folder)
         for folder in folders:
             sync_folder(folder)
+        written: list[Any] | None = getattr(self._storage, "dirty_oids", None)
+        if written is not None:
+            written.clear()
 
     def tpc_finish(self, transaction: Any) -> None:
         """See ``IDataManager``; all was done at the vote."""

@@ -14,7 +14,9 @@ class Journal(Persistent):
     takes it out of the spool without importing it again.  Only the holder of the spool's lock may
     write it.
 
-    :ivar names: each file's name and where in the archive it goes.
+    :ivar names: where in the archive each file goes, or ``""``, by what it is known by: the unique
+        part of its name, its modification time in nanoseconds and its size, as
+        ``UNIQUE/TIME/SIZE``.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from postoffice.depot.entry import QUARANTINED, Entry
 from postoffice.depot.history import DUPLICATE_WIDTH, Arrivals, HistoryLog, Throttles
 from postoffice.depot.ids import new_id, producer_number
 from postoffice.depot.lane import LANES, Lane, Place
-from postoffice.exceptions import QueueMissing
+from postoffice.exceptions import QueueRemoved
 
 __all__ = ["QueueRecord"]
 
@@ -56,7 +56,7 @@ class QueueRecord(Persistent):
     def append(self, entry: Entry) -> Place:
         """Put an entry with an id behind the tail; it may have been in the queue before.
 
-        :raises QueueMissing: the queue was removed; a removal at the same time is a conflict.
+        :raises QueueRemoved: the queue was removed; a removal at the same time is a conflict.
         """
         self._stay()
         number = self.lane_number
@@ -73,10 +73,10 @@ class QueueRecord(Persistent):
     def _stay(self) -> None:
         """Make a removal of the queue at the same time a conflict.
 
-        :raises QueueMissing: it is removed already.
+        :raises QueueRemoved: it is removed already.
         """
         if self.removed:
-            raise QueueMissing(self.name, ())
+            raise QueueRemoved(self.name)
         if self._p_jar is not None and self._p_oid is not None:
             self._p_jar.readCurrent(self)
 

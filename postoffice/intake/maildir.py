@@ -29,10 +29,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transaction.interfaces import IDataManager, TransientError
+from transaction.interfaces import TransientError
 from ZODB.blob import Blob
 from ZODB.POSException import POSError
-from zope.interface import implementer
 
 from postoffice.delivery import Intake, Prepared, Result
 from postoffice.depot.durability import sync_folder
@@ -152,45 +151,6 @@ class _Vanished(Exception):
     def __init__(self, source: str) -> None:
         self.source = source
         super().__init__(source)
-
-
-@implementer(IDataManager)
-class _BlobsStay:
-    """Keeps the blob files of a transaction that all have voted for.
-
-    When the last step fails (the disk reports an error late), the transaction may be in the
-    database all the same, and ZODB's BlobStorage would then remove its blobs.  Files that belong to
-    nothing go when the database is packed.
-    """
-
-    def __init__(self, connection: Any) -> None:
-        self.transaction_manager = connection.transaction_manager
-        self._storage = connection.db().storage
-
-    def sortKey(self) -> str:
-        """Sort last: whoever votes after this one could still abort the transaction."""
-        return "~~postoffice.blobs"
-
-    def tpc_begin(self, transaction: Any) -> None:
-        """See ``IDataManager``."""
-
-    def commit(self, transaction: Any) -> None:
-        """See ``IDataManager``."""
-
-    def tpc_vote(self, transaction: Any) -> None:
-        """Have the storage forget which files it would remove."""
-        written: list[Any] | None = getattr(self._storage, "dirty_oids", None)
-        if written is not None:
-            written.clear()
-
-    def tpc_finish(self, transaction: Any) -> None:
-        """See ``IDataManager``."""
-
-    def tpc_abort(self, transaction: Any) -> None:
-        """See ``IDataManager``."""
-
-    def abort(self, transaction: Any) -> None:
-        """See ``IDataManager``."""
 
 
 class MaildirImport:
@@ -411,7 +371,6 @@ class MaildirImport:
         results: list[Result] = []
 
         def store() -> None:
-            self._manager.get().join(_BlobsStay(self._connection))
             for vanished in [one for one in prepared if one.source not in self._paths]:
                 prepared.remove(vanished)
                 del names[_identity_of(vanished)]

@@ -1,0 +1,264 @@
+"""Taking: what one queue object holds, takes and gives back, transaction by transaction.
+
+Claims are made in batches that grow while the consumer is quick, so that their cost is shared; an
+abort, a transaction that took nothing and the closing of the connection give them back at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from persistent import Persistent
+
+from postoffice.claims import Claims, holder_is_gone
+from postoffice.depot.entry import DONE, Entry
+from postoffice.depot.lane import Place
+from postoffice.depot.queue import QueueRecord
+from postoffice.message import Message
+
+__all__ = ["Taking", "Work"]
+
+log = logging.getLogger("postoffice")
+
+_MOST_AT_ONCE = 50
+_HOLD_SECONDS = 1.0
+
+
+class Work:
+    """What a queue has done in one transaction.
+
+    :ivar added: places and entries that were added and may still be taken.
+    :ivar taken: entries that were taken, by place, in order.
+    :ivar passed: claims on what turned out to have gone.
+    :ivar stored: the new records, to be let go of after the commit.
+    :ivar at_end: is called when the transaction has ended, with whether it was committed.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing done."""
+        self.added: list[tuple[Place, Entry]] = []
+        self.taken: dict[Place, Entry] = {}
+        self.passed: list[Place] = []
+        self.stored: list[Persistent] = []
+        self.at_end: list[Callable[[bool], None]] = []
+        self._messages: list[tuple[weakref.ref[Message], Entry]] = []
+        self._last_words: list[tuple[weakref.ref[Message], Entry]] = []
+        self.ended = False
+
+    def forget(self) -> None:
+        """Let go of everything: who asks which transaction it was keeps this object."""
+        self.added, self.taken, self.passed = [], {}, []
+        self.stored, self.at_end = [], []
+        self._messages, self._last_words = [], []
+
+    def give(self, message: Message, entry: Entry) -> None:
+        """Take note that the application has this message of an entry that it took."""
+        self._messages.append((weakref.ref(message), entry))
+
+    def keep_last_words(self) -> None:
+        """Keep what is known of the messages taken: others may sweep the entries out from now."""
+        for reference, entry in self._messages:
+            if reference() is not None and entry.state == DONE:
+                values = {name: value for name, value in vars(entry).items() if name != "body"}
+                self._last_words.append((reference, Entry(values)))
+
+    def hand_out_last_words(self) -> None:
+        """Give each message that the application still has the entry as it was."""
+        for reference, entry in self._last_words:
+            message = reference()
+            if message is not None:
+                message.entry = entry
+
+
+class Taking:
+    """One queue object's part in the transactions of its connection."""
+
+    def __init__(self, record: QueueRecord) -> None:
+        """Take from this queue, in its record's connection."""
+        self.record = record
+        self.claims: Claims | None = None
+        #: The records of the last transaction that was committed.
+        self.stored: list[Persistent] = []
+        self._connection = record._p_jar
+        self._ready: list[Place] = []
+        self._finished: list[Place] = []
+        self._claimed_at = 0.0
+        self._watches_close = False
+        self._batch = 1
+
+    def transaction(self) -> Any:
+        """Return the connection's current transaction."""
+        return self._connection.transaction_manager.get()
+
+    def work(self) -> Work:
+        """Return what is done in the current transaction."""
+        current = self.transaction()
+        try:
+            found: Work = current.data(self)
+        except KeyError:
+            found = Work()
+            current.set_data(self, found)
+            current.addBeforeCommitHook(self._before_commit, (found,))
+            current.addAfterCommitHook(self._ended, (found,))
+            current.addAfterAbortHook(self._ended, (False, found))
+        return found
+
+    def _ended(self, committed: bool, work: Work) -> None:
+        if work.ended:
+            return
+        work.ended = True
+        self.stored = work.stored if committed else []
+        for tell in work.at_end:
+            tell(committed)
+        if committed:
+            work.hand_out_last_words()
+        if self.claims is not None:
+            self._settle_claims(self.claims, committed, work)
+        work.forget()
+
+    def _settle_claims(self, claims: Claims, committed: bool, work: Work) -> None:
+        if committed:
+            claims.held.difference_update(work.taken, work.passed)
+            self._finished.extend(work.taken)
+            self._finished.extend(work.passed)
+        if not committed or not work.taken:
+            self.release()
+        elif not self._ready:
+            # A slow consumer holds little that idle ones could take meanwhile.
+            fast = time.monotonic() - self._claimed_at < _HOLD_SECONDS
+            self._batch = min(self._batch * 2, _MOST_AT_ONCE) if fast else 1
+
+    def _before_commit(self, work: Work) -> None:
+        self._settle(work)
+        work.keep_last_words()
+
+    def _settle(self, work: Work) -> None:
+        """Take note of what a rollback to a savepoint has put back."""
+        back = [place for place in work.passed if self._live(place) is not None]
+        if back:
+            work.passed = [place for place in work.passed if place not in back]
+        undone = []
+        for place, entry in reversed(work.taken.items()):
+            if self.record.lanes[place.lane].live(entry, place.position):
+                undone.append((place, entry))
+            elif entry._p_jar is not None:
+                break
+        for place, entry in undone:
+            del work.taken[place]
+            if self.claims is not None and place in self.claims.held:
+                back.append(place)
+            else:
+                work.added.insert(0, (place, entry))
+        if back:
+            self._ready = sorted([*back, *self._ready], key=lambda place: place.position)
+
+    def _live(self, place: Place) -> Entry | None:
+        lane = self.record.lanes[place.lane]
+        entry = lane.get(place)
+        return entry if lane.live(entry, place.position) else None
+
+    def _closed(self) -> None:
+        self._watches_close = False
+        self.release()
+
+    def release(self) -> None:
+        """Give back at once what this object holds for messages to come.
+
+        Called by itself when the connection is closed, and after a transaction that was aborted or
+        took nothing.
+        """
+        self._ready.clear()
+        self._batch = 1
+        if self.claims is not None and self.claims.held:
+            finished, self._finished = self._finished, []
+            try:
+                self.claims.release(finished)
+            except Exception as error:
+                # The abort or close that this follows must go on, in a database that is being
+                # closed, or lost, too.
+                self.claims.abandon()
+                self.claims = None
+                log.warning("queue %r: claims stay until they expire: %r", self.record.name, error)
+
+    def take(self) -> tuple[Entry, Work] | None:
+        """Take the first entry that there is to take; ``None`` when there is none now."""
+        work = self.work()
+        head = self._head(work)
+        if head is None:
+            return None
+        place, entry = head
+        if self._ready and self._ready[0] == place:
+            del self._ready[0]
+        else:
+            # Added in this transaction: nobody has a claim on it, so nobody would sweep it out.
+            work.added.remove((place, entry))
+            self.record.sweep(place)
+        work.taken[place] = entry
+        return entry, work
+
+    def has_one(self) -> bool:
+        """Tell whether there is an entry to take; it is held until the transaction ends."""
+        return self._head(self.work()) is not None
+
+    def uncounted(self) -> int:
+        """Return how many entries this transaction took that the record still counts."""
+        count = 0
+        for place, entry in self.work().taken.items():
+            lane = self.record.lanes[place.lane]
+            if (
+                not lane.live(entry, place.position)
+                and place.position not in lane.claims
+                and lane.get(place) is not None
+            ):
+                count += 1
+        return count
+
+    def _head(self, work: Work) -> tuple[Place, Entry] | None:
+        """Return what is to be taken next: what is claimed, or else what was added just now."""
+        self._settle(work)
+        while self._ready or self._claim(work):
+            place = self._ready[0]
+            entry = self._live(place)
+            if entry is not None:
+                return place, entry
+            # An abort may bring it back, so it is swept after the commit.
+            work.passed.append(self._ready.pop(0))
+        for place, entry in work.added:
+            if self._live(place) is not None:
+                return place, entry
+        return None
+
+    def _claim(self, work: Work) -> bool:
+        if self.record._p_serial == b"\0" * 8:
+            # Made in this very transaction; nobody else can know of it.
+            return False
+        if self.claims is None:
+            self.claims = Claims(self._connection, self.record._p_oid)
+        if not self._watches_close:
+            self._connection.onCloseCallback(self._closed)
+            self._watches_close = True
+        finished, self._finished = self._finished, []
+        self._claimed_at = time.monotonic()
+        lanes = self.record.lanes
+        self._ready.extend(
+            self.claims.take(
+                self._batch, finished, lambda place: lanes[place.lane].get(place) is not None
+            )
+        )
+        return bool(self._ready)
+
+    def free(self) -> Iterator[Entry]:
+        """Iterate over what this queue could take, as far as its snapshot knows."""
+        now = time.time_ns()
+        mine = self.claims.holder if self.claims is not None else None
+        for place, entry in self.record.walk():
+            lane = self.record.lanes[place.lane]
+            claim = lane.claims.get(place.position)
+            if (
+                claim is None or claim[3] <= now or claim[1] == mine or holder_is_gone(claim[1])
+            ) and lane.live(entry, place.position):
+                yield entry

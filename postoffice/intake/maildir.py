@@ -22,10 +22,12 @@ import shutil
 import stat
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ log = logging.getLogger("postoffice")
 #: Messages a transaction.
 BATCH = 100
 _BATCH_BYTES = 8 << 20
+# Batches that are read, or wait to be read, while one is stored.
+_AHEAD = 3
 _ATTEMPTS = 20
 _LOCK = ".postoffice.lock"
 # A copy, where the archive is on another file system, fails with these as reading did.
@@ -208,18 +212,18 @@ class MaildirImport:
         total = len(waiting) + len(failed)
         done = 0
         batches = _batches(failed, waiting, str(self._maildir.path))
-        batch = next(batches, None)
-        if batch is not None:
-            self._reader.submit(batch)
-        while batch is not None:
-            ahead = next(batches, None)
-            if ahead is not None:
-                self._reader.submit(ahead)
+        submitted: deque[list[SpoolFile]] = deque()
+        while True:
+            for batch in islice(batches, _AHEAD - len(submitted)):
+                self._reader.submit(batch)
+                submitted.append(batch)
+            if not submitted:
+                break
+            batch = submitted.popleft()
             self._import(batch, self._reader.collect())
             done += len(batch)
             if progress is not None:
                 progress(done, total)
-            batch = ahead
         self._clear_journal()
         return self.outcome
 

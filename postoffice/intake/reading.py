@@ -18,6 +18,7 @@ import struct
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from postoffice.delivery import Prepared
@@ -34,6 +35,7 @@ LONGEST_SECONDS = 300.0
 _LENGTH = struct.Struct("!Q")
 _PROGRESS = struct.Struct("!QQ")
 _PIPE_BYTES = 1 << 20
+_LONGEST_SENT = 32 * 1024
 _POLL_SECONDS = 1.0
 
 _NOT_THERE, _PREPARED, _UNREADABLE, _FAILED = range(4)
@@ -74,8 +76,8 @@ class ReaderProcess:
         if answer is None:
             return self._collect_without_culprit()
         self._number += 1
-        del self._waiting[0]
-        return [_from_wire(one) for one in answer]
+        batch = self._waiting.pop(0)
+        return [_from_wire(one, file) for one, file in zip(answer, batch, strict=True)]
 
     def _collect_without_culprit(self) -> list[Prepared | Unreadable | None]:
         """Go on when the process died or is stuck.
@@ -219,10 +221,13 @@ def _to_wire(one: Prepared | Unreadable | None) -> tuple[object, ...]:
         return (_NOT_THERE,)
     if isinstance(one, Unreadable):
         return _UNREADABLE, one.source, one.reason
-    return _PREPARED, *one.to_wire()
+    if one.raw is not None and len(one.raw) > _LONGEST_SENT and not one.values.get("oversize"):
+        # Reading the file again is cheaper than to carry it over, and keeps the pipe short.
+        return _PREPARED, len(one.raw), *replace(one, raw=None).to_wire()
+    return _PREPARED, 0, *one.to_wire()
 
 
-def _from_wire(wire: tuple[object, ...]) -> Prepared | Unreadable | None:
+def _from_wire(wire: tuple[object, ...], file: SpoolFile) -> Prepared | Unreadable | None:
     kind, *rest = wire
     if kind == _NOT_THERE:
         return None
@@ -230,7 +235,17 @@ def _from_wire(wire: tuple[object, ...]) -> Prepared | Unreadable | None:
         return Unreadable(str(rest[0]), str(rest[1]))
     if kind == _FAILED:
         raise OSError(*rest)
-    return Prepared.from_wire(rest)
+    size, *values = rest
+    prepared = Prepared.from_wire(values)
+    if not size:
+        return prepared
+    try:
+        with open(file.path, "rb", buffering=0) as opened:
+            raw = opened.readall()
+    except FileNotFoundError:
+        return None
+    # A file that is another one by now is left to the next run.
+    return replace(prepared, raw=raw) if len(raw) == size else None
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "PostOffice", "QueueStatus"]
 
 _ATTEMPTS = 20
+# Objects that a connection keeps while it imports.
+_IMPORT_CACHE = 500
 _LONGEST_HEADER = 1 << 20
 
 
@@ -199,6 +201,8 @@ class PostOffice:
             archive = self.archive()
             if self.reconcile_queues():
                 self._sync_folders()
+            # What was stored is not looked at again; the usual thousands would fill the memory.
+            self.database.setCacheSize(_IMPORT_CACHE)
             with self.connection() as connection:
                 folder = self.folder(connection)
                 connection.transaction_manager.abort()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +57,10 @@ class HistoryLog(Persistent):
     :ivar width: bytes of a record.
     :ivar slot_seconds: length of a slot.
     :ivar limit: about the most records kept; beyond it the oldest slots go early.
+    :cvar alarm: the level at which the log says so.
     """
+
+    alarm = logging.WARNING
 
     def __init__(self, width: int, slot_seconds: int, limit: int) -> None:
         """Make an empty log."""
@@ -118,7 +120,12 @@ class HistoryLog(Persistent):
                 break
             size = sum(len(chunk.data) for _, chunk in self.chunks(number)) // self.width
             if not ended:
-                log.warning("history: over %d records, %d of the oldest go early", self.limit, size)
+                log.log(
+                    self.alarm,
+                    "history: over %d records, %d of the oldest go early",
+                    self.limit,
+                    size,
+                )
             del self.slots[number]
             self.length.change(-size)
 
@@ -254,7 +261,13 @@ class DuplicateIndex(_Index):
         self._remember(digest, self.history.append(record, seconds, lane, DUPLICATE_SECONDS))
 
     def _take(self, number: int, data: bytes) -> None:
-        self._seen.update(_DUPLICATE.iter_unpack(data))
+        first, last = data[16:20], data[-4:]
+        if first == last:
+            # One transaction's, as most are: one number serves them all.
+            digests = [data[at : at + 16] for at in range(0, len(data), DUPLICATE_WIDTH)]
+            self._seen.update(dict.fromkeys(digests, int.from_bytes(first, "big")))
+        else:
+            self._seen.update(_DUPLICATE.iter_unpack(data))
 
     def _forget(self, number: int) -> None:
         slot_at = self.history.slot_at
@@ -269,7 +282,8 @@ class ArrivalIndex(_Index):
     def __init__(self, history: HistoryLog, lanes: int) -> None:
         """Index this log."""
         super().__init__(history, lanes)
-        self._times: defaultdict[bytes, list[int]] = defaultdict(list)
+        # Most senders have written once, and need no list.
+        self._times: dict[bytes, int | list[int]] = {}
 
     def times(self, sender: bytes, values: bytes | None) -> list[int]:
         """Return the last arrivals of a sender, in nanoseconds since the epoch, oldest first.
@@ -277,11 +291,11 @@ class ArrivalIndex(_Index):
         :param sender: digest of the sender, 16 bytes.
         :param values: digest of the header values that must agree, 8 bytes; ``None`` for any.
         """
+        known = self._times.get(sender if values is None else sender + values, [])
+        found = [known] if isinstance(known, int) else list(known)
         if values is None:
-            found = list(self._times.get(sender, ()))
             pended = list(self._pended(sender, slice(24, 32)))
         else:
-            found = list(self._times.get(sender + values, ()))
             pended = [
                 data[8:] for data in self._pended(sender, slice(16, 32)) if data[:8] == values
             ]
@@ -305,10 +319,15 @@ class ArrivalIndex(_Index):
         for start in range(0, len(data), ARRIVAL_WIDTH):
             arrived = int.from_bytes(data[start + 24 : start + 32], "big")
             for key in (data[start : start + 16], data[start : start + 24]):
-                times = self._times[key]
-                times.append(arrived)
-                if len(times) > MAX_TIMES:
-                    del times[: MAX_TIMES // 2]
+                times = self._times.get(key)
+                if times is None:
+                    self._times[key] = arrived
+                elif isinstance(times, int):
+                    self._times[key] = [times, arrived]
+                else:
+                    times.append(arrived)
+                    if len(times) > MAX_TIMES:
+                        del times[: MAX_TIMES // 2]
 
     def _forget(self, number: int) -> None:
         # The slots that are left are few and bounded, so reading them again is cheap.
@@ -317,11 +336,13 @@ class ArrivalIndex(_Index):
 
 
 class Arrivals(HistoryLog):
-    """The log of arrivals, for loop detection."""
+    """The log of arrivals, for loop detection: the last ones are what matters."""
+
+    alarm = logging.INFO
 
     def __init__(self) -> None:
         """Make an empty log."""
-        super().__init__(ARRIVAL_WIDTH, slot_seconds=600, limit=200_000)
+        super().__init__(ARRIVAL_WIDTH, slot_seconds=600, limit=50_000)
 
 
 class Throttles(Persistent):

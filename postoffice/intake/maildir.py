@@ -206,6 +206,8 @@ class MaildirImport:
         :raises DepotUnavailable: the database failed; what was not imported waits in the spool.
         :raises OSError: the spool or the archive failed; likewise.
         """
+        # Forked now, the reader does not share the memory of the list of files.
+        self._reader.start()
         self._recover()
         failed = self._failed(retry)
         waiting = self._waiting({file.name for file in failed})
@@ -250,7 +252,10 @@ class MaildirImport:
         """
         found = []
         known = {unique(name) for name in retried}
-        for one in self._maildir.files():
+        files = self._maildir.files()
+        # In new there are no flags, so that names differ there as they are.
+        clashing = {unique(one[2][4:]) for one in files if one[2][0] == "c" or ":" in one[2]}
+        for one in files:
             name = one[2][4:]
             if name in self._set_aside_names:
                 path = str(self._maildir.path / one[2])
@@ -262,7 +267,8 @@ class MaildirImport:
                     "%s has the name of another; it waits for the next run", printable(name)
                 )
                 continue
-            known.add(unique(name))
+            if unique(name) in clashing:
+                known.add(unique(name))
             found.append(one)
         return found
 
@@ -526,11 +532,16 @@ def _identity_of(message: Prepared) -> str:
 def _batches(
     failed: list[SpoolFile], waiting: list[tuple[int, int, str]], folder: str
 ) -> Iterator[list[SpoolFile]]:
-    """Share the files out into batches that are small in number and in bytes."""
+    """Share the files out into batches that are small in number and in bytes.
+
+    `waiting` is emptied on the way: with many files its memory is wanted for other things.
+    """
 
     def files() -> Iterator[SpoolFile]:
         yield from failed
-        for arrived, size, place in waiting:
+        waiting.reverse()
+        while waiting:
+            arrived, size, place = waiting.pop()
             yield SpoolFile(f"{folder}/{place}", place[4:], arrived, size)
 
     batch: list[SpoolFile] = []

@@ -48,7 +48,7 @@ class ReaderProcess:
     """
 
     def __init__(self, reader: Reader, longest: float = LONGEST_SECONDS) -> None:
-        """Read with this reader; the process starts with the first batch."""
+        """Read with this reader."""
         self._reader = reader
         self._longest = longest
         self._pid = 0
@@ -58,6 +58,11 @@ class ReaderProcess:
         self._number = 0
         self._waiting: list[list[SpoolFile]] = []
         self._suspects: set[str] = set()
+
+    def start(self) -> None:
+        """Start the process, unless it runs; otherwise the first batch does."""
+        if not self._pid:
+            self._start()
 
     def submit(self, batch: Sequence[SpoolFile]) -> None:
         """Have a batch read."""

@@ -7,7 +7,7 @@ RUNTIME := $(VENV)/runtime.stamp
 DEVELOPMENT := $(VENV)/development.stamp
 
 DEMO := demo/run.py
-BENCHMARKS := benchmarks/import.py benchmarks/consume.py
+BENCHMARKS := benchmarks/import.py benchmarks/consume.py benchmarks/bodies.py
 DOCS := build/docs
 
 .DEFAULT_GOAL := help

@@ -114,6 +114,10 @@ def open_for_inspection(uri: str) -> DB:
         if _is_locked(f"{path}.lock"):
             raise DepotUnavailable(_locked(path, uri))
         return _open(f"file://{path}?read_only=1", path)
+    if uri.startswith("sqlite://"):
+        folder = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
+        if not os.path.exists(os.path.join(folder, "main.sqlite3")):
+            raise DatabaseMissing(f"there is no database in {folder or 'data_dir'} yet")
     if uri.startswith("zeo://"):
         joint = "&" if "?" in uri else "?"
         options = dict(parse_qsl(uri.partition("?")[2]))

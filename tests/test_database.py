@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from postoffice.database import open_database
+from postoffice.database import DatabaseMissing, open_database, open_for_inspection
 from postoffice.exceptions import DepotUnavailable, TemporaryError
 from tests.depots import file_depot
 
@@ -86,3 +87,18 @@ def test_a_refusal_leaves_nothing_open(tmp_path: Path) -> None:
     refused("zeo://localhost:1?wait_timeout=1")
     assert set(os.listdir("/proc/self/fd")) <= before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_makes_no_database(tmp_path: Path) -> None:
+    """A database that is not there yet is said to be missing, and is not made by asking."""
+    for uri in (
+        f"file://{tmp_path}/depot.fs?blobstorage_dir={tmp_path}/blobs",
+        f"sqlite:///?data_dir={tmp_path}/data",
+    ):
+        with pytest.raises(DatabaseMissing):
+            open_for_inspection(uri)
+        assert list(tmp_path.iterdir()) == []
+        open_database(uri).close()
+        open_for_inspection(uri).close()
+        for made in tmp_path.iterdir():
+            shutil.rmtree(made) if made.is_dir() else made.unlink()

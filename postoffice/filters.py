@@ -18,9 +18,10 @@ from typing import Self
 
 from zope.interface import implementer
 
+from postoffice.addresses import host
+from postoffice.charsets import clean
 from postoffice.exceptions import LimitExceeded, MatchTimeout
 from postoffice.expressions import Expression, ExpressionList
-from postoffice.headers import clean, host
 from postoffice.interfaces import IFilter
 from postoffice.loops import recipients_of
 from postoffice.message import Message

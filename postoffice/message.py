@@ -20,7 +20,10 @@ from itertools import islice
 from typing import Any
 
 from postoffice import headers, mime
+from postoffice.addresses import Mailboxes, all_mailboxes, mailboxes
+from postoffice.charsets import clean, codec, decode_charset
 from postoffice.headers import Buffer, decode_header, encode_header
+from postoffice.parameters import parameters
 
 __all__ = ["Envelope", "MIMEMultipart", "Message", "decode_header", "encode_header"]
 
@@ -72,7 +75,7 @@ def _path(value: str) -> str | None:
     value = value.strip(" \t")
     if value == "<>":
         return ""
-    found = headers.mailboxes(value).addresses
+    found = mailboxes(value).addresses
     if found:
         return found[0] if len(found) == 1 else None
     bare = value[1:-1] if value.startswith("<") and value.endswith(">") else value
@@ -106,12 +109,12 @@ class _Fields:
         self.encoded = "=?" in "\n".join(lines)
         self.texts: list[str] | None = None
         # What the address fields hold, by key: filters ask for the same ones again and again.
-        self.boxes: dict[str, headers.Mailboxes] = {}
+        self.boxes: dict[str, Mailboxes] = {}
 
     def raw(self, index: int) -> str:
         """Return the value of one field with its encoded words undecoded."""
         value = self.lines[index][len(self.keys[index]) :]
-        return value if self.plain else headers.clean(value)
+        return value if self.plain else clean(value)
 
     def text(self, index: int) -> str:
         """Return the decoded value of one field."""
@@ -133,7 +136,7 @@ class _Fields:
                     if "=?" in line
                     else line
                     if self.plain
-                    else headers.clean(line)
+                    else clean(line)
                     for key, line in zip(self.keys, self.lines, strict=True)
                 ]
         return self.texts
@@ -396,7 +399,7 @@ class Message(email.message.Message):
                 keys, lines = [keys[i] for i in kept], [lines[i] for i in kept]
             if self.own_headers:
                 keys = [f"{name.lower()}: " for name, _ in self.own_headers] + keys
-                own = [f"{name}: {headers.clean(value)}" for name, value in self.own_headers]
+                own = [f"{name}: {clean(value)}" for name, value in self.own_headers]
                 lines = own + lines
         return _Fields(keys, lines, block.plain)
 
@@ -492,8 +495,7 @@ class Message(email.message.Message):
         if self._buffer() is None:
             return []
         made: list[tuple[str, Any]] = [
-            (name, encode_header(name, headers.clean(value)))
-            for name, value in self.own_headers or ()
+            (name, encode_header(name, clean(value))) for name, value in self.own_headers or ()
         ]
         buffer, start, _ = self._span()
         block = self._block()
@@ -510,7 +512,7 @@ class Message(email.message.Message):
             if self.own_headers is not None and key.startswith(_FORGED):
                 continue
             source = bytes(buffer[begin:end])
-            value = headers.clean(line[len(key) :])
+            value = clean(line[len(key) :])
             made.append((line[: len(key) - 2], _Source.of(value, source)))
         return made
 
@@ -560,7 +562,7 @@ class Message(email.message.Message):
 
     def _get_params_preserve(self, failobj: Any, header: str) -> Any:
         value = self.first_raw(header)
-        return failobj if value is None else headers.parameters(value)
+        return failobj if value is None else parameters(value)
 
     def get_params(
         self, failobj: Any = None, header: str = "content-type", unquote: bool = True
@@ -597,7 +599,7 @@ class Message(email.message.Message):
             value = self.get_param(param, None, header)
             if value is not None:
                 text = mime.parameter_text(value)
-                return headers.clean(text).strip()
+                return clean(text).strip()
         return failobj
 
     def get_boundary(self, failobj: Any = None) -> Any:
@@ -616,7 +618,7 @@ class Message(email.message.Message):
         if value is None:
             raise errors.HeaderParseError("No Content-Type header found")
         texts = [value.partition(";")[0].strip()]
-        for name, text in headers.parameters(value)[1:]:
+        for name, text in parameters(value)[1:]:
             if name.lower() == "boundary":
                 continue
             if isinstance(text, str):
@@ -679,7 +681,7 @@ class Message(email.message.Message):
             data = payload.encode("ascii", "surrogateescape")
         except UnicodeError:
             return payload
-        name = headers.codec(self.get_content_charset() or "ascii") or "ascii"
+        name = codec(self.get_content_charset() or "ascii") or "ascii"
         try:
             return data.decode(name, "replace")
         except (UnicodeError, ValueError):
@@ -759,7 +761,7 @@ class Message(email.message.Message):
 
     def _own_fields(self, linesep: str) -> list[bytes]:
         return [
-            self._field_bytes(name, encode_header(name, headers.clean(value)), linesep)
+            self._field_bytes(name, encode_header(name, clean(value)), linesep)
             for name, value in self.own_headers or ()
         ]
 
@@ -768,7 +770,7 @@ class Message(email.message.Message):
         if isinstance(value, _Source):
             source = value.source
             return source if source[-1:] in b"\r\n" else source + linesep.encode()
-        text = headers.clean(headers.unfold(str(value)))
+        text = clean(headers.unfold(str(value)))
         return headers.fold(name, text, linesep).encode("utf-8", "replace")
 
     def _generated(self, policy: Policy | None) -> bytes:
@@ -791,7 +793,7 @@ class Message(email.message.Message):
             data = self._field_bytes(name, value, linesep)
             text = re.sub("\r\n|\r|\n", linesep, data.decode("ascii", "surrogateescape"))
             if not isinstance(writer, generator.BytesGenerator):
-                text = headers.decode_charset(text.encode("ascii", "surrogateescape"), None)
+                text = decode_charset(text.encode("ascii", "surrogateescape"), None)
             writer.write(text)
         writer.write(linesep)
 
@@ -832,12 +834,12 @@ class Message(email.message.Message):
             if other == key
         ]
 
-    def _boxes(self, name: str) -> headers.Mailboxes:
+    def _boxes(self, name: str) -> Mailboxes:
         key = f"{name.lower()}: "
         boxes = self._fields().boxes if key not in _TRACE else {}
         found = boxes.get(key)
         if found is None:
-            found = boxes[key] = headers.all_mailboxes(self._address_values(name))
+            found = boxes[key] = all_mailboxes(self._address_values(name))
         return found
 
     def addresses(self, name: str) -> tuple[str, ...]:
@@ -1010,7 +1012,7 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, tuple):
         return value[0], value[1], mime.unquote(value[2])
     text = mime.unquote(value)
-    return decode_header(text) if "=?" in text else headers.clean(text)
+    return decode_header(text) if "=?" in text else clean(text)
 
 
 class MIMEMultipart(Message, _StandardMultipart):

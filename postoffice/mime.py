@@ -16,7 +16,9 @@ from email._encoded_words import decode_b  # type: ignore[import-not-found]  # n
 from functools import lru_cache
 from typing import NamedTuple
 
-from postoffice.headers import Buffer, Header, decode_charset, parameters, slice_header
+from postoffice.charsets import decode_charset
+from postoffice.headers import Buffer, Header, slice_header
+from postoffice.parameters import parameters
 
 __all__ = [
     "MAX_DEPTH",

@@ -28,6 +28,7 @@ from ZODB.blob import Blob
 from ZODB.interfaces import IBlobStorage
 from zope.interface import implementer
 
+from postoffice.addresses import mailboxes
 from postoffice.bounces import compose_bounce, compose_quarantine_notice
 from postoffice.database import open_database
 from postoffice.depot.durability import BlobDurability
@@ -38,7 +39,6 @@ from postoffice.depot.queue import QueueRecord
 from postoffice.description import as_message, describe, error_text, message_of, stored_bytes
 from postoffice.exceptions import MessageMissing, MessageTaken, QueueEmpty
 from postoffice.fingerprints import duplicate_digest, sender_digest, values_digest
-from postoffice.headers import mailboxes
 from postoffice.histories import Histories
 from postoffice.interfaces import IEventSink, IQueue, Send
 from postoffice.loops import MAX_SENDER, average_frequency, instantaneous_frequency

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postoffice import headers
+from postoffice import addresses, charsets, headers
+from postoffice.parameters import MAX_PARAMETERS, parameters
 
 MAILS = sorted((Path(__file__).parent / "mail").glob("*.eml"))
 
@@ -179,7 +180,7 @@ def test_decoding_never_forges_lines(value: str) -> None:
     """Whatever the value, its text has no line break, control character or surrogate."""
     text = headers.decode_header(value)
     assert text is not None
-    assert not headers._CONTROLS.search(text)
+    assert not charsets.CONTROLS.search(text)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +222,13 @@ def test_decoding_a_megabyte_is_linear(value: str) -> None:
 )
 def test_only_text_codecs_are_known(charset: str, name: str | None) -> None:
     """Charsets are looked up among text codecs alone."""
-    found = headers.codec(charset)
+    found = charsets.codec(charset)
     assert (found and "x".encode(found) and "".encode(found)) == (name and "".encode(name))
     assert (found is None) == (name is None)
 
 
 @pytest.mark.parametrize(
-    ("value", "addresses"),
+    ("value", "expected"),
     [
         ("a@example.com", ("a@example.com",)),
         (" <a@example.com> ", ("a@example.com",)),
@@ -278,10 +279,10 @@ def test_only_text_codecs_are_known(charset: str, name: str | None) -> None:
         ("a:b@x.example:c@example.com", ()),
     ],
 )
-def test_addresses(value: str, addresses: tuple[str, ...]) -> None:
+def test_addresses(value: str, expected: tuple[str, ...]) -> None:
     """Addresses are what RFC 5322 says; what cannot be parsed gives none."""
-    assert headers.mailboxes(value).addresses == addresses
-    assert headers.mailboxes(value + " " * 600).addresses == addresses
+    assert addresses.mailboxes(value).addresses == expected
+    assert addresses.mailboxes(value + " " * 600).addresses == expected
 
 
 @given(st.lists(st.sampled_from([*'a.b@,;:<>()"\\[] ', "ex.com", "é"]), max_size=20))
@@ -289,10 +290,10 @@ def test_addresses(value: str, addresses: tuple[str, ...]) -> None:
 def test_the_fast_way_to_an_address_agrees_with_the_parser(tokens: list[str]) -> None:
     """The regular expressions for simple mailboxes find what the parser finds."""
     value = "".join(tokens)
-    parsed = list(headers._parse_mailboxes(value))
-    found = headers.mailboxes(value)
+    parsed = list(addresses._parse_mailboxes(value))
+    found = addresses.mailboxes(value)
     assert found.addresses == tuple(f"{local}@{domain}" for local, domain in parsed)
-    assert found.hosts == tuple(headers.host(domain) for _, domain in parsed)
+    assert found.hosts == tuple(addresses.host(domain) for _, domain in parsed)
     assert len(found.addresses) <= value.count("@")
 
 
@@ -301,7 +302,7 @@ def test_the_fast_way_to_an_address_agrees_with_the_parser(tokens: list[str]) ->
 )
 def test_addresses_of_a_hostile_field_are_linear(unit: str) -> None:
     """A hundred kilobytes of anything is parsed at once."""
-    headers.mailboxes(unit * (100_000 // len(unit)))
+    addresses.mailboxes(unit * (100_000 // len(unit)))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_addresses_of_a_hostile_field_are_linear(unit: str) -> None:
 )
 def test_hosts_compare_in_one_form(domain: str, host: str) -> None:
     """A domain is lowered, its last dot dropped, its U-labels made A-labels."""
-    assert headers.host(domain) == host
+    assert addresses.host(domain) == host
 
 
 @pytest.mark.parametrize(
@@ -342,14 +343,14 @@ def test_parameters_agree_with_the_standard_library(value: str) -> None:
     """Parameters are those that email.message finds."""
     message = email.message.Message()
     message["content-type"] = value
-    assert headers.parameters(value) == message.get_params(unquote=False)
+    assert parameters(value) == message.get_params(unquote=False)
 
 
 @given(st.text(alphabet="ab;=\"\\*0'% <>", max_size=40))
 @settings(max_examples=500, deadline=None)
 def test_parameters_never_raise(value: str) -> None:
     """Parameters agree with email.message wherever that does not raise."""
-    found = headers.parameters(value)
+    found = parameters(value)
     message = email.message.Message()
     message["content-type"] = value
     try:
@@ -361,8 +362,8 @@ def test_parameters_never_raise(value: str) -> None:
 
 def test_parameters_of_a_hostile_field_are_bounded() -> None:
     """A megabyte of semicolons, and continuation numbers without end, do no harm."""
-    assert len(headers.parameters("a/b" + ";" * 1_000_000)) <= headers.MAX_PARAMETERS
-    assert headers.parameters("a/b; x*" + "9" * 10_000 + "*=y; z=1") == [("a/b", ""), ("z", '"1"')]
+    assert len(parameters("a/b" + ";" * 1_000_000)) <= MAX_PARAMETERS
+    assert parameters("a/b; x*" + "9" * 10_000 + "*=y; z=1") == [("a/b", ""), ("z", '"1"')]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +414,7 @@ def test_encoding_is_undone_by_decoding(value: str) -> None:
     assert len(found.lines) == 1
     text = headers.decode_header(found.lines[0][9:])
     assert text is not None
-    assert text.strip(" \t") == headers.clean(value).strip(" \t")
+    assert text.strip(" \t") == charsets.clean(value).strip(" \t")
 
 
 @given(st.text(alphabet='aö @,;:<>()"\\[].é\x1b', max_size=60))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postoffice import headers, mime
+from postoffice import charsets, headers, mime
 from postoffice.message import Message
 
 MAILS = sorted((Path(__file__).parent / "mail").glob("*.eml"))
@@ -60,7 +60,7 @@ def standard_texts(raw: bytes) -> list[str]:
         data = part.get_payload(decode=True)
         assert isinstance(data, bytes)
         charset = Message.from_bytes(part.as_bytes(), None).get_content_charset()
-        found.append(headers.decode_charset(data, charset).replace("\r\n", "\n"))
+        found.append(charsets.decode_charset(data, charset).replace("\r\n", "\n"))
     return found
 
 

@@ -26,7 +26,9 @@ PACKAGE = ROOT / "postoffice"
 # its own line and of the lines above it.
 LAYERS = (
     ("exceptions", "interfaces", "display"),
-    ("expressions", "headers", "mime", "postfix"),
+    ("expressions", "charsets", "postfix"),
+    ("encoded_words", "addresses", "parameters"),
+    ("headers", "mime"),
     ("message",),
     ("filters", "loops", "bounces", "fingerprints"),
     ("routing",),
@@ -48,7 +50,7 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 NARROWED = {
     "depot": {"exceptions", "interfaces", "message"},
     "queue": {
-        *("exceptions", "interfaces", "headers", "message", "bounces", "fingerprints", "loops"),
+        *("exceptions", "interfaces", "addresses", "message", "bounces", "fingerprints", "loops"),
         *("depot", "database", "description", "histories", "outbound", "taking"),
     },
     "claims": {"depot"},
@@ -57,7 +59,10 @@ NARROWED = {
 }
 
 # These take values and return values: nothing of them touches the database.
-PURE = {"expressions", "headers", "mime", "message", "filters", "loops", "bounces", "routing"}
+PURE = {
+    *("expressions", "charsets", "encoded_words", "addresses", "parameters", "headers", "mime"),
+    *("message", "filters", "loops", "bounces", "routing"),
+}
 DATABASE = {"BTrees", "ZEO", "ZODB", "persistent", "relstorage", "transaction", "zodburi"}
 
 

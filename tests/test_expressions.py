@@ -18,12 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postoffice import expressions
 from postoffice.exceptions import LimitExceeded, MatchTimeout, TemporaryError
-from postoffice.expressions import Expression, ExpressionList
+from postoffice.expressions import Expression, ExpressionList, parsing, worker
+from postoffice.expressions.cost import effort
+from postoffice.expressions.programs import ANCHORED, UNANCHORED
+from postoffice.expressions.translation import ASCII_LINES, UNICODE_LINES, VARIANTS
 
-MATCH = expressions._ANCHORED
-SEARCH = expressions._UNANCHORED
+MATCH = ANCHORED
+SEARCH = UNANCHORED
 
 # Letters with odd folding of case, digits and spaces outside ASCII, what is a line end elsewhere.
 CHARACTERS = [
@@ -79,7 +81,7 @@ fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 
 def cheap(expression: Expression, text: str) -> bool:
     """Say whether re itself, which each answer is held against, ends soon."""
-    return expressions._effort(expression._parsed(), len(text))[1] < 1e6
+    return effort(expression._parsed(), len(text))[1] < 1e6
 
 
 @fuzzed
@@ -91,7 +93,7 @@ def test_re2_answers_as_re(source: str, flag: int, some: list[str]) -> None:
     for text in some:
         if not cheap(expression, text):
             continue
-        for variant in (one for pair in expressions._VARIANTS for one in pair):
+        for variant in (one for pair in VARIANTS for one in pair):
             if (variant.ascii and not text.isascii()) or (variant.lines and "\n" in text):
                 continue
             program = expression._program(variant)
@@ -122,11 +124,11 @@ def test_the_process_answers_as_re(source: str, flag: int, text: str) -> None:
     if not cheap(expression, text):
         return
     asked = [("m", "s", source.encode(), text.encode())]
-    program = expression._program(expressions._VARIANTS[text.isascii()]["\n" not in text])
+    program = expression._program(VARIANTS[text.isascii()]["\n" not in text])
     if program is not None:
         asked.append(("M", "S", program.source, text.encode()))
     for match, search, expressed, data in asked:
-        ask = expressions._worker.ask
+        ask = worker.shared.ask
         assert ask(expression, match, expressed, data) == bool(pattern.match(text))
         assert ask(expression, search, expressed, data) == bool(pattern.search(text))
 
@@ -188,7 +190,7 @@ def test_what_re2_cannot_say(source: str, text: str) -> None:
 )
 def test_sets_are_those_of_re(source: str) -> None:
     """RE2 takes, over all of Unicode, the characters that re takes."""
-    program = Expression(source)._program(expressions._UNICODE_LINES)
+    program = Expression(source)._program(UNICODE_LINES)
     assert program is not None
     pattern = re.compile(source)
     everything = [chr(point) for point in range(0x2000)] + ["\u212a", "\U0001f600", "\U0010ffff"]
@@ -240,7 +242,7 @@ def test_a_match_that_takes_too_long(source: str, text: str) -> None:
 def test_a_text_too_long_for_re2_here() -> None:
     """A text on which RE2 may take long is given to the process, and answered there."""
     expression = Expression(r"[ab]*a[ab]{300}c", limit=0.5)
-    program = expression._program(expressions._ASCII_LINES)
+    program = expression._program(ASCII_LINES)
     assert program is not None
     text = "ab" * program.longest
     assert not expression.match(text)
@@ -259,15 +261,15 @@ def test_re2_is_stopped_too() -> None:
 @pytest.fixture
 def fresh_worker() -> Iterator[None]:
     """Let the next match start a process, and the next test another."""
-    expressions._worker.stop()
+    worker.shared.stop()
     yield
-    expressions._worker.stop()
+    worker.shared.stop()
 
 
 @pytest.mark.usefixtures("fresh_worker")
 def test_a_match_that_needs_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A match that needs more memory than any may have ends with an error, not with the machine."""
-    monkeypatch.setattr(expressions, "WORKER_MEMORY", 128 << 20)
+    monkeypatch.setattr(worker, "WORKER_MEMORY", 128 << 20)
     hungry = Expression(r"(?:(?=(a))(?:(a)|(b)))*(?!a)c", limit=20.0)
     with pytest.raises(LimitExceeded, match="more memory"):
         hungry.match("a" * 2_000_000)
@@ -285,17 +287,17 @@ SLOW_TEXT = "a" * 400 + "b"
 def test_a_process_that_was_killed_is_replaced() -> None:
     """When someone kills the process, the next match starts another."""
     assert slow().match(SLOW_TEXT)
-    process = expressions._worker._process
+    process = worker.shared._process
     assert process is not None
     process.send_signal(signal.SIGKILL)
     assert slow().match(SLOW_TEXT)
-    assert expressions._worker._process is not process
+    assert worker.shared._process is not process
 
 
 def test_a_process_that_is_killed_at_work() -> None:
     """When the process is killed during a match, the match is asked once more."""
     assert slow().match(SLOW_TEXT)
-    process = expressions._worker._process
+    process = worker.shared._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
     killer = threading.Timer(0.1, process.send_signal, [signal.SIGKILL])
@@ -307,10 +309,10 @@ def test_a_process_that_is_killed_at_work() -> None:
 @pytest.mark.usefixtures("fresh_worker")
 def test_a_process_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that uses no time, yet gives no answer, is ended too."""
-    monkeypatch.setattr(expressions, "WORKER_GRACE", 0.1)
+    monkeypatch.setattr(worker, "WORKER_GRACE", 0.1)
     still = Expression(slow().source, limit=0.1)
     assert still.match(SLOW_TEXT)
-    process = expressions._worker._process
+    process = worker.shared._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(MatchTimeout):
@@ -332,7 +334,7 @@ def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, execu
 
 def test_without_the_parser_of_cpython(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Python's parser cannot be used, the answers are the same."""
-    monkeypatch.setattr(expressions, "_parser", None)
+    monkeypatch.setattr(parsing, "parser", None)
     assert Expression("a.*b$").match("axxb\n")
     assert not Expression("a.*b$").search("axxbx")
     assert ExpressionList(["q", "a.*b$"]).match_any(["x", "ab"]) == "a.*b$"
@@ -360,7 +362,7 @@ def test_an_interrupted_match_leaves_no_answer_behind() -> None:
 def test_a_forked_child_starts_its_own_process() -> None:
     """A forked child answers by a process of its own, and leaves the parent's alone."""
     assert slow().match(SLOW_TEXT)
-    process = expressions._worker._process
+    process = worker.shared._process
     assert process is not None
     reading, writing = os.pipe()
     child = os.fork()
@@ -368,16 +370,16 @@ def test_a_forked_child_starts_its_own_process() -> None:
         status = 1
         try:
             found = slow().match(SLOW_TEXT)
-            own = expressions._worker._process
+            own = worker.shared._process
             if found and own is not None and own.pid != process.pid:
                 status = 0
-            expressions._worker.stop()
+            worker.shared.stop()
         finally:
             os._exit(status)
     os.close(writing)
     os.close(reading)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert expressions._worker._process is process
+    assert worker.shared._process is process
     assert process.poll() is None
     assert slow().match(SLOW_TEXT)
 
@@ -403,11 +405,12 @@ def test_threads_get_their_own_answers() -> None:
 ORPHAN = r"""
 import os, signal, threading
 from postoffice import expressions
+from postoffice.expressions import worker
 busy = expressions.Expression(r"(a*)*$", limit=0.5)
 threading.Thread(target=busy.match, args=("a" * 40 + "!",), daemon=True).start()
-while expressions._worker._channel is None or expressions._worker._process is None:
+while worker.shared._channel is None or worker.shared._process is None:
     pass
-print(expressions._worker._process.pid, flush=True)
+print(worker.shared._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paste.deploy.loadwsgi import ConfigLoader
 
-from postoffice.config import IN_MAILDIR, Settings, find, load, set_up_logging, uri_fault
+from postoffice.config import IN_MAILDIR, Settings, find, load, set_up_logging
+from postoffice.config.database_uri import uri_fault
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
 from postoffice.loops import LoopRule

@@ -33,6 +33,7 @@ import postoffice
 from postoffice import config, exceptions, filters, headers, interfaces, message, mime, routing
 from postoffice.api import PostOffice
 from postoffice.cli.group import postoffice as command
+from postoffice.config.rules import QUEUE_OPTIONS
 from postoffice.database import open_database
 from postoffice.delivery import Intake
 from postoffice.depot.history import Throttles
@@ -537,7 +538,7 @@ def test_logging_is_set_up_as_shown(tmp_path: Path) -> None:
 def test_each_option_has_its_entry() -> None:
     """The options that the reference has are those that postoffice knows."""
     found = re.findall(r"^\.\. confval:: (\w+)$", page_text("configuration"), re.MULTILINE)
-    assert found == [*config.MAIN_OPTIONS, *config.QUEUE_OPTIONS]
+    assert found == [*config.MAIN_OPTIONS, *QUEUE_OPTIONS]
 
 
 def test_each_filter_has_its_entry() -> None:

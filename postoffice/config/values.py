@@ -1,0 +1,86 @@
+"""Values of options that are no plain text: sizes, durations, frequencies, names."""
+
+from __future__ import annotations
+
+import math
+import re
+
+__all__ = ["Fault", "duration", "frequency", "header_names", "path_names", "size"]
+
+_SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+_SIZE = re.compile(r"([0-9]{1,15})\s*(b|[kmg]b?|)", re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]{1,12})\s*([smhdw]?)", re.IGNORECASE)
+_FREQUENCY = re.compile(
+    r"(?:[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})(?:e[+-]?[0-9]{1,3})?", re.I
+)
+_HEADER_NAME = re.compile(r"[!-9;-~]+")
+
+
+class Fault(Exception):
+    """What is wrong with a value, and what would be right."""
+
+    def __init__(self, fault: str, mend: str) -> None:
+        super().__init__(fault, mend)
+        self.fault = fault
+        self.mend = mend
+
+
+def size(text: str) -> int | None:
+    """Return bytes; ``None`` for 0, which is no limit.
+
+    :raises Fault: it is something else.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise Fault(f"{text!r} is no size", "write bytes, or 500k, 10m, 1g")
+    return int(found[1]) * _SIZE_UNITS[found[2].lower().removesuffix("b") or ""] or None
+
+
+def duration(text: str) -> int:
+    """Return seconds.
+
+    :raises Fault: it is something else.
+    """
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise Fault(f"{text!r} is no duration", "write seconds, or 5m, 2h, 7d, 4w")
+    return int(found[1]) * _SECONDS[found[2].lower()]
+
+
+def frequency(text: str) -> float:
+    """Return messages a minute.
+
+    :raises Fault: it is something else.
+    """
+    found = _FREQUENCY.fullmatch(text)
+    per_minute = float(text) if found else math.inf
+    if not math.isfinite(per_minute):
+        raise Fault(
+            f"{text!r} is no frequency", "write messages a minute, such as 60 or 0.5; 0 is off"
+        )
+    return per_minute
+
+
+def header_names(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas.
+
+    :raises Fault: it is something else.
+    """
+    names = tuple(name for item in text.split(",") if (name := item.strip()))
+    for name in names:
+        if not _HEADER_NAME.fullmatch(name):
+            raise Fault(f"{name!r} is no name of a header", "write names like To,Subject")
+    return names
+
+
+def path_names(text: str) -> tuple[str, ...]:
+    """Return the names of a path's folders, one at least.
+
+    :raises Fault: it is something else.
+    """
+    names = tuple(name for item in text.split("/") if (name := item.strip()))
+    if not names:
+        raise Fault(f"{text!r} names no folder", "write a path such as /postoffice")
+    return names

@@ -44,7 +44,6 @@ __all__ = ["Explanation", "PostOffice", "QueueStatus"]
 _ATTEMPTS = 20
 # Objects that a connection keeps while it imports.
 _IMPORT_CACHE = 500
-_LONGEST_HEADER = 1 << 20
 
 
 class PostOffice:

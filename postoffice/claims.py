@@ -105,6 +105,7 @@ class Claims:
         limit: int,
         finished: Iterable[Place] = (),
         visible: Callable[[Place], bool] = lambda place: True,
+        after: int = 0,
     ) -> list[Place]:
         """Claim up to `limit` of the first messages that nobody holds.
 
@@ -113,6 +114,7 @@ class Claims:
         :param finished: places whose messages this consumer has taken, and committed.
         :param visible: says whether the consumer's own transaction knows of the message at a place;
             one that it does not know of yet is left to others.
+        :param after: begin behind this position.
         """
         mine = self.holder.rsplit(":", 1)[0]
         done = set(finished)
@@ -122,7 +124,7 @@ class Claims:
             found: list[Place] = []
             swept = list(done)
             gone: dict[str, bool] = {}
-            for place, entry in record.walk():
+            for place, entry in record.walk(after):
                 if place in done:
                     continue
                 lane = record.lanes[place.lane]

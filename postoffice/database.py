@@ -15,6 +15,7 @@ from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
 from ZODB.POSException import POSError, ReadOnlyError
 
+from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable
 
 __all__ = [
@@ -163,7 +164,7 @@ def _close(storage: Any) -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _mend(uri: str) -> str:
@@ -211,5 +212,5 @@ def _holder(lock_path: str) -> str:
             words = file.read(4096).replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         return f"process {pid}"
-    shown = "".join(char if char.isprintable() else "?" for char in words.strip())
-    return f"process {pid} ({shown[:80]})" if shown else f"process {pid}"
+    shown = printable(words.strip()[:80])
+    return f"process {pid} ({shown})" if shown else f"process {pid}"

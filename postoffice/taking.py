@@ -34,6 +34,8 @@ class Work:
     :ivar added: places and entries that were added and may still be taken.
     :ivar taken: entries that were taken, by place, in order.
     :ivar passed: claims on what turned out to have gone.
+    :ivar claimed_to: the position up to which it has claimed what it could, or 0.
+    :ivar dry: whether there was nothing more to claim.
     :ivar stored: the new records, to be let go of after the commit.
     :ivar at_end: is called when the transaction has ended, with whether it was committed.
     """
@@ -43,6 +45,8 @@ class Work:
         self.added: list[tuple[Place, Entry]] = []
         self.taken: dict[Place, Entry] = {}
         self.passed: list[Place] = []
+        self.claimed_to = 0
+        self.dry = False
         self.stored: list[Persistent] = []
         self.at_end: list[Callable[[bool], None]] = []
         self._messages: list[tuple[weakref.ref[Message], Entry]] = []
@@ -233,6 +237,9 @@ class Taking:
         return None
 
     def _claim(self, work: Work) -> bool:
+        if work.dry:
+            # What comes later is not in this transaction's snapshot.
+            return False
         if self.record._p_serial == b"\0" * 8:
             # Made in this very transaction; nobody else can know of it.
             return False
@@ -243,12 +250,20 @@ class Taking:
             self._watches_close = True
         finished, self._finished = self._finished, []
         self._claimed_at = time.monotonic()
+        if work.claimed_to:
+            # A transaction that takes many, which are all held until it ends.
+            self._batch = min(self._batch * 2, _MOST_AT_ONCE)
         lanes = self.record.lanes
-        self._ready.extend(
-            self.claims.take(
-                self._batch, finished, lambda place: lanes[place.lane].get(place) is not None
-            )
+        self._ready = self.claims.take(
+            self._batch,
+            finished,
+            lambda place: lanes[place.lane].get(place) is not None,
+            after=work.claimed_to,
         )
+        if self._ready:
+            work.claimed_to = self._ready[-1].position
+        else:
+            work.dry = True
         return bool(self._ready)
 
     def free(self) -> Iterator[Entry]:

@@ -80,7 +80,7 @@ class Entry(Persistent):
     :ivar marks: values of ``X-Postoffice-Rejected``.
     :ivar state: :data:`QUEUED`, :data:`QUARANTINED`, :data:`DONE` or :data:`DISCARDED`.
     :ivar changed: when the state last changed, in nanoseconds since the epoch.
-    :ivar not_before: not to be taken before this time, in nanoseconds since the epoch.
+    :ivar not_before: reserved for messages that are deferred; nothing sets or reads it yet.
     :ivar attempts: how often an application took it and failed.
     :ivar last_error: the texts of the last error, or ``None``.
     :ivar archive: where the original is, relative to the archive's folder, or ``""``.

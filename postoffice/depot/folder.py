@@ -99,6 +99,8 @@ def find_folder(root: Any, path: str | Sequence[str]) -> QueuesFolder:
     here = root
     passed = ""
     for name in split_path(path):
+        if passed:
+            _check_way(here, passed)
         try:
             here = here[name]
         except (KeyError, TypeError):
@@ -120,13 +122,26 @@ def make_folder(root: Any, path: str | Sequence[str]) -> QueuesFolder:
     """
     *way, last = split_path(path)
     here = root
+    passed = ""
     for name in way:
+        _check_way(here, passed)
         if name not in here:
             here[name] = PersistentMapping()
         here = here[name]
+        passed += "/" + name
+    _check_way(here, passed)
     if last not in here:
         here[last] = QueuesFolder()
     return _checked(here[last], "/" + "/".join([*way, last]))
+
+
+def _check_way(here: Any, path: str) -> None:
+    if isinstance(here, QueuesFolder) or not hasattr(here, "__contains__"):
+        kind = type(here)
+        raise DepotFormatError(
+            f"{path} of the database is no folder, but an object of "
+            f"{kind.__module__}.{kind.__qualname__}; give another zodb_path"
+        )
 
 
 def _keys(here: Any) -> list[Any]:

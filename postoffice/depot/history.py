@@ -41,6 +41,8 @@ MAX_TIMES = 256
 
 _LANE_BITS = 40
 _SENTINEL = 0
+# Beyond any year that a datetime has, and room for as many throttles at one time as there can be.
+_LATEST = (1 << 63) - (1 << 20)
 
 
 class Chunk(Persistent):
@@ -353,18 +355,21 @@ class Throttles(Persistent):
     def __init__(self) -> None:
         """Make an empty table."""
         self._until = OOBTree()
+        self._count = Length()
         self._expiry = LOBTree()
 
     def put(self, key: bytes, until: int, now: int) -> None:
         """Throttle until a time; times are nanoseconds since the epoch."""
         self.remove(key)
+        until = min(max(until, 0), _LATEST)
         expiry = self._expiry
-        while expiry and (expiry.minKey() <= now or len(self._until) >= self.limit):
-            self._until.pop(expiry.pop(expiry.minKey()), None)
+        while expiry and (expiry.minKey() <= now or self._count() >= self.limit):
+            self.remove(expiry[expiry.minKey()])
         while until in expiry:
             until += 1
         self._until[key] = until
         expiry[until] = key
+        self._count.change(1)
 
     def until(self, key: bytes) -> int:
         """Return the end of the sender's throttle, or 0."""
@@ -375,3 +380,4 @@ class Throttles(Persistent):
         until: Any = self._until.pop(key, None)
         if until is not None:
             self._expiry.pop(until, None)
+            self._count.change(-1)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from BTrees.Length import Length
 from BTrees.LOBTree import LOBTree
 from persistent import Persistent
+from ZODB.POSException import ConflictError
 
 from postoffice.depot.entry import QUEUED, Entry
 
@@ -83,7 +84,9 @@ class Lane(Persistent):
             segment = _new_tree()
             segments[position] = segment
             key = position
-        segment[position] = entry
+        if not segment.insert(position, entry):
+            # Another process had the same idea of an id; tried again, there is a new one.
+            raise ConflictError(f"position {position} is taken")
         self.length.change(1)
         return key
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from BTrees.Length import Length
 from BTrees.LOBTree import LOBTree
 from persistent import Persistent
+from ZODB.POSException import ConflictError
 
 from postoffice.depot.entry import QUARANTINED, Entry
 from postoffice.depot.history import DUPLICATE_WIDTH, Arrivals, HistoryLog, Throttles
@@ -44,7 +45,7 @@ class QueueRecord(Persistent):
         self.moved_ids = LOBTree({_SENTINEL: 0})
         self.quarantine = LOBTree({_SENTINEL: None})
         self.quarantined = Length()
-        self.duplicates = HistoryLog(DUPLICATE_WIDTH, slot_seconds=3600, limit=1_000_000)
+        self.duplicates = HistoryLog(DUPLICATE_WIDTH, slot_seconds=3600, limit=500_000)
         self.arrivals = Arrivals()
         self.throttles = Throttles()
 
@@ -115,7 +116,8 @@ class QueueRecord(Persistent):
     def put_quarantine(self, entry: Entry) -> None:
         """Keep an entry in quarantine."""
         self._stay()
-        self.quarantine[entry.id] = entry
+        if not self.quarantine.insert(entry.id, entry):
+            raise ConflictError(f"id {entry.id} is in quarantine already")
         self.quarantined.change(1)
 
     def get_quarantine(self, id: int) -> Entry | None:

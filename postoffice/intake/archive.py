@@ -277,7 +277,10 @@ def _free(source: str, target: str) -> str | None:
         if _is_same(source, path):
             return None
         number += 1
-        path = f"{target}.{number}"
+        folder, name = os.path.split(target)
+        if len(os.fsencode(name)) > _LONGEST_NAME:
+            name = _short(name)
+        path = os.path.join(folder, f"{name}.{number}")
     return path
 
 

@@ -39,9 +39,9 @@ from postoffice.delivery import Intake, Prepared, Result
 from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
-from postoffice.exceptions import DepotUnavailable, TemporaryError
+from postoffice.exceptions import DepotUnavailable, PostofficeError, TemporaryError
 from postoffice.intake.archive import Archive, Failure, local_day
-from postoffice.intake.reader import SpoolFile, Unreadable
+from postoffice.intake.reader import SpoolFile, Unreadable, arrival, open_spool_file
 from postoffice.intake.reading import ReaderProcess
 from postoffice.queue import BLOB_SIZE
 
@@ -304,7 +304,7 @@ class MaildirImport:
                     status = os.lstat(path)
                 except FileNotFoundError:
                     continue
-                place = names.get(identity(name, status.st_mtime_ns, status.st_size))
+                place = names.get(identity(name, arrival(status), status.st_size))
                 if place is not None and self._archive.take(path, place):
                     if folder == self._archive.failed:
                         self._archive.forget_failure(name)
@@ -333,6 +333,28 @@ class MaildirImport:
         if not prepared:
             self._archive.sync()
             return
+        try:
+            self._deliver(prepared)
+        except (PostofficeError, OSError):
+            raise
+        except Exception as error:
+            # A defect of ours, which a message has brought out; the others shall not wait for it.
+            self._deliver_singly(prepared, error)
+
+    def _deliver_singly(self, prepared: Sequence[Prepared], error: Exception) -> None:
+        log.error("a batch could not be stored: %r; each message is tried by itself", error)
+        for one in prepared:
+            try:
+                self._deliver([one])
+            except (PostofficeError, OSError):
+                raise
+            except Exception as reason:
+                path, values = self._paths[one.source], one.values
+                file = SpoolFile(path, one.source, values["arrived"], values["size"])
+                self._set_aside(file, f"{type(reason).__name__}: {one_line(reason)}")
+        self._archive.sync()
+
+    def _deliver(self, prepared: list[Prepared]) -> None:
         names = self._store(prepared, local_day(self._clock() / 1e9))
         elsewhere = {}
         for one in prepared:
@@ -410,18 +432,15 @@ class MaildirImport:
         path = self._paths[message.source]
         folder = self._connection.db().storage.temporaryDirectory()
         target = os.path.join(folder, f"postoffice-{os.getpid()}-{uuid.uuid4().hex}")
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                raise _Vanished(message.source) from None
-            raise
+        values = message.values
+        descriptor = open_spool_file(
+            SpoolFile(path, message.source, values["arrived"], values["size"])
+        )
+        if descriptor is None:
+            raise _Vanished(message.source)
         try:
             with open(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
-                read = (message.values["arrived"], message.values["size"])
-                if not stat.S_ISREG(status.st_mode) or (status.st_mtime_ns, status.st_size) != read:
-                    raise _Vanished(message.source)
                 if not (_is_ours(status) and _link(path, target, status)):
                     with open(target, "xb") as copy:
                         shutil.copyfileobj(file, copy, 1 << 20)
@@ -519,7 +538,7 @@ def unique(name: str) -> str:
 def identity(name: str, arrived: int, size: int) -> str:
     """Return what a spool file is known by in the journal, whatever its flags and its folder.
 
-    :param arrived: its modification time, in nanoseconds since the epoch.
+    :param arrived: see :func:`postoffice.intake.reader.arrival`.
     :param size: in bytes.
     """
     return f"{unique(name)}/{arrived}/{size}"

@@ -17,12 +17,22 @@ from postoffice.message import Envelope, Message
 from postoffice.queue import BLOB_SIZE
 from postoffice.routing import Routing
 
-__all__ = ["Reader", "SpoolFile", "Unreadable", "open_message"]
+__all__ = [
+    "Reader",
+    "SpoolFile",
+    "Unreadable",
+    "arrival",
+    "open_message",
+    "open_spool_file",
+]
 
 _LONGEST_HEADER = 1 << 20
 
-# A symbolic link, and a socket.
-_NO_FILE = frozenset({errno.ELOOP, errno.ENXIO})
+# It has vanished, is a symbolic link, or a socket.
+_NO_FILE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO})
+
+# Any time, with what is added to it, fits into 63 bits of nanoseconds.
+_LATEST = 1 << 62
 
 # Whose fault it is: the file's, so that it is set aside, rather than the machine's.
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENODATA, errno.EOVERFLOW})
@@ -77,8 +87,6 @@ class Reader:
             descriptor = os.open(
                 file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             )
-        except FileNotFoundError:
-            return None
         except OSError as error:
             if error.errno in _NO_FILE:
                 return None
@@ -115,8 +123,40 @@ class Reader:
     def _read(
         self, file: SpoolFile, descriptor: int, status: os.stat_result
     ) -> Prepared | Unreadable:
-        message = open_message(self._routing, descriptor, status.st_mtime_ns)
+        message = open_message(self._routing, descriptor, arrival(status))
         return prepare(self._routing, self._loop, message, file.name, self._way, status.st_size)
+
+
+def arrival(status: os.stat_result) -> int:
+    """Return when a spool file arrived, in nanoseconds since the epoch.
+
+    Its modification time, which anybody may set to anything: what no entry can hold is brought to
+    the nearest time that one can.
+    """
+    return min(max(status.st_mtime_ns, 0), _LATEST)
+
+
+def open_spool_file(file: SpoolFile) -> int | None:
+    """Return a descriptor of a file as it was listed; ``None`` if it is another one by now.
+
+    A symbolic link, a FIFO, a folder or a device is another one, and is not waited for.
+
+    :raises OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and (arrival(status), status.st_size) == (
+        file.arrived,
+        file.size,
+    ):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:

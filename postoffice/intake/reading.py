@@ -1,4 +1,4 @@
-"""Reading in a process of its own, while the transaction before commits.
+"""Reading in a process of its own, while transactions commit.
 
 The reader is forked from the importer.  A message that kills it, or that it cannot finish, is set
 aside, and the next reader goes on behind it.  It touches nothing but the spool files, which it
@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from postoffice.delivery import Prepared
 from postoffice.display import printable
-from postoffice.intake.reader import Reader, SpoolFile, Unreadable
+from postoffice.intake.reader import Reader, SpoolFile, Unreadable, open_spool_file
 
 __all__ = ["LONGEST_SECONDS", "ReaderProcess"]
 
@@ -42,7 +42,7 @@ _NOT_THERE, _PREPARED, _UNREADABLE, _FAILED = range(4)
 
 
 class ReaderProcess:
-    """Reads batches of spool files in a forked process, one batch ahead.
+    """Reads batches of spool files in a forked process, while others are stored.
 
     Each :meth:`submit` is answered by one :meth:`collect`, in order.  Belongs to one thread.
     """
@@ -244,12 +244,13 @@ def _from_wire(wire: tuple[object, ...], file: SpoolFile) -> Prepared | Unreadab
     prepared = Prepared.from_wire(values)
     if not size:
         return prepared
-    try:
-        with open(file.path, "rb", buffering=0) as opened:
-            raw = opened.readall()
-    except FileNotFoundError:
-        return None
+    arrived = prepared.values["arrived"]
     # A file that is another one by now is left to the next run.
+    descriptor = open_spool_file(replace(file, arrived=arrived, size=size))
+    if descriptor is None:
+        return None
+    with open(descriptor, "rb", buffering=0) as opened:
+        raw = opened.readall()
     return replace(prepared, raw=raw) if len(raw) == size else None
 
 

@@ -240,8 +240,8 @@ def _from_wire(wire: tuple[object, ...], file: SpoolFile) -> Prepared | Unreadab
         return Unreadable(str(rest[0]), str(rest[1]))
     if kind == _FAILED:
         raise OSError(*rest)
-    size, *values = rest
-    prepared = Prepared.from_wire(values)
+    prepared = Prepared.from_wire(rest[1:])
+    size = int(str(rest[0]))
     if not size:
         return prepared
     arrived = prepared.values["arrived"]

@@ -13,6 +13,7 @@ import ZConfig
 import zodburi
 from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
+from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError, ReadOnlyError
 
 from postoffice.display import one_line, printable
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
+_STORAGE_PATH = re.compile(r"<filestorage[^>]*>[^<]*?^[ \t]*path[ \t]+(\S+)", re.I | re.M)
 _SOON = 5
 
 
@@ -69,7 +71,10 @@ def _open(uri: str, shown: str) -> DB:
     try:
         storage_factory, options = zodburi.resolve_uri(uri)
     except KeyError as error:
-        raise DepotUnavailable(f"zodb_uri {shown}: no such kind of database: {error}") from error
+        fault = str(error.args[0]) if error.args else ""
+        if not fault.startswith("Unrecognized"):
+            fault = f"no such kind of database: {fault}"
+        raise DepotUnavailable(f"zodb_uri {shown}: {fault}") from error
     except (OSError, ValueError, ImportError, ZConfig.ConfigurationError) as error:
         raise DepotUnavailable(f"zodb_uri {shown}: {_one_line(error)}") from error
     storage = None
@@ -83,6 +88,11 @@ def _open(uri: str, shown: str) -> DB:
         # A database of which not even the root is there is written to when it is opened.
         _close(storage)
         raise DatabaseMissing(f"database {shown} is empty") from None
+    except FileStorageFormatError as error:
+        raise DepotUnavailable(
+            f"database {shown}: {error} is no FileStorage, or is damaged; name another file, or "
+            "restore a backup"
+        ) from error
     except (POSError, OSError) as error:
         _close(storage)
         raise DepotUnavailable(f"database {shown}: {_one_line(error)}{_mend(uri)}") from error
@@ -119,12 +129,28 @@ def open_for_inspection(uri: str) -> DB:
         folder = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
         if not os.path.exists(os.path.join(folder, "main.sqlite3")):
             raise DatabaseMissing(f"there is no database in {folder or 'data_dir'} yet")
+    missing = _missing_file(uri)
+    if missing is not None:
+        raise DatabaseMissing(f"there is no database {missing} yet")
     if uri.startswith("zeo://"):
         joint = "&" if "?" in uri else "?"
         options = dict(parse_qsl(uri.partition("?")[2]))
         limit = "" if "wait_timeout" in options else f"&wait_timeout={_SOON}"
         return _open(f"{uri}{joint}read_only=1{limit}", _shown(uri))
     return open_database(uri)
+
+
+def _missing_file(uri: str) -> str | None:
+    """Return the file of a FileStorage that a ``zconfig://`` URI would make, if it is not there."""
+    if not uri.startswith("zconfig://"):
+        return None
+    try:
+        with open(urlsplit(uri).path, encoding="utf-8") as file:
+            found = _STORAGE_PATH.findall(file.read())
+    except (OSError, UnicodeDecodeError):
+        # Opening it says what is wrong.
+        return None
+    return next((path for path in found if "$" not in path and not os.path.exists(path)), None)
 
 
 def database_file(uri: str) -> str | None:

@@ -116,7 +116,10 @@ class IQueue(Interface):
         """Return the number of messages in the queue, those included that others hold."""
 
     def __bool__() -> bool:
-        """Return whether there is a message to take now."""
+        """Return whether there is a message to take now.
+
+        If so, it is held for this queue object until the transaction ends.
+        """
 
     def __iter__() -> Iterator[Message]:
         """Iterate over the messages in order, without removing any."""
@@ -149,7 +152,11 @@ class IQueue(Interface):
         interval: timedelta,
         headers: Mapping[str, str] | None = None,
     ) -> float:
-        """Return messages a minute over `interval` (a ``timedelta``) until `now`."""
+        """Return messages a minute over `interval` (a ``timedelta``) until `now`.
+
+        `headers` are to be those, all of them, with which the data was collected; the last 256
+        arrivals count.
+        """
 
     def throttle(user: str, until: datetime, headers: Mapping[str, str] | None = None) -> None:
         """Mark a sender as throttled until a ``datetime``."""

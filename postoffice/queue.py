@@ -5,7 +5,7 @@
     from postoffice import open_queue
     import transaction
 
-    with open_queue("zeo:///srv/depot/zeo.sock", "myapp") as queue:
+    with open_queue("zeo:///srv/depot/zeo.sock?blob_dir=/srv/depot/blobs", "myapp") as queue:
         while queue:
             message = queue.pop_next()
             handle(message)

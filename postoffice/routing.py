@@ -235,7 +235,7 @@ def as_duplicate(decision: Decision) -> Decision:
         decision,
         verdict=Verdict.DISCARD,
         reason="duplicate",
-        detail=REASONS["duplicate"],
+        detail=f"the same message came to queue {decision.queue!r} within 24 hours",
         marks=(),
     )
 

@@ -199,6 +199,7 @@ def test_the_file_is_one_of_paste_deploys(folder: Folder, text: str) -> None:
 def test_sections_of_others_are_left_alone(folder: Folder) -> None:
     """An application's sections may hold anything, and do not count as queues."""
     other = "[app:main]\nuse = egg:some\nzodb_uri = x\nformat = %(nothing)s 100%\n"
+    other += "Twice = 1\ntwice = 2\n"
     settings = folder.load(other + MAIN + QUEUE + "[server:main]\nport = 80\n")
     assert settings.queue_names == ("one",)
     assert settings.warnings == ()

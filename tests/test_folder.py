@@ -132,8 +132,10 @@ def test_anything_else_is_refused(connection: Any) -> None:
             find_folder(root, path)
     with pytest.raises(DepotFormatError):
         make_folder(root, "postoffice")
-    with pytest.raises(FolderMissing):
+    with pytest.raises(DepotFormatError):
         find_folder(root, "mine/below")
+    with pytest.raises(DepotFormatError):
+        make_folder(root, "mine/below")
 
 
 def test_a_missing_folder_names_those_there_are(connection: Any) -> None:

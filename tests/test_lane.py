@@ -256,3 +256,17 @@ def test_a_lane_is_a_sorted_list(changes: list[tuple[int, bool]]) -> None:
     keys = [key for key in lane.segments if key]
     assert all(one < other for one, other in pairwise(keys))
     assert all(len(lane.segments[key]) <= SEGMENT_SIZE + 1 for key in keys)
+
+
+def test_a_position_that_is_taken_is_a_conflict(one: Seat, two: Seat) -> None:
+    """Two processes that had the same idea of an id: the second tries again, and both are there."""
+    one.begin()
+    one.add("first")
+    one.commit()
+    two.begin()
+    position = next(iter(two.queue.entries())).position
+    lane = next(lane for lane in two.queue.record.lanes if lane.find(position) is not None)
+    with pytest.raises(ConflictError):
+        lane.add(position, next(iter(two.queue.entries())))
+    two.abort()
+    assert [message["Subject"] for message in one.queue] == ["first"]

@@ -703,3 +703,49 @@ def test_a_commit_in_doubt_is_looked_up(spool: Spool, monkeypatch: pytest.Monkey
     assert subjects(spool) == [*(f"mail {number}" for number in range(5)), "blob"]
     assert spool.waiting() == []
     assert len(spool.archived()) == 6
+
+
+@pytest.mark.parametrize("when", [-(10**18), 5 * 10**18, 10**19])
+def test_an_impossible_time_stops_nothing(spool: Spool, when: int) -> None:
+    """Mail whose file has a time before 1970, or in 2200 or later, is imported like any other."""
+    spool.configure("ooo_loop_frequency = 1")
+    for number in range(3):
+        os.utime(spool.put(mail(f"odd {number}")), ns=(when, when))
+    spool.put(mail("even"))
+    outcome = spool.run()
+    assert (outcome.counts, outcome.set_aside) == ({"queued": 4}, 0)
+    assert spool.waiting() == []
+    assert spool.run().dropped == 0
+
+
+def test_a_defect_in_storing_costs_one_message(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that brings out a defect of ours is set aside; its batch is stored without it."""
+    original = Intake._deliver
+
+    def deliver(intake: Intake, message: Prepared, *more: Any) -> Any:
+        if message.values["subject"] == "two":
+            raise ZeroDivisionError("a defect")
+        return original(intake, message, *more)
+
+    monkeypatch.setattr(Intake, "_deliver", deliver)
+    for subject in ("one", "two", "three"):
+        spool.put(mail(subject))
+    outcome = spool.run()
+    assert (outcome.counts, outcome.set_aside) == ({"queued": 2}, 1)
+    assert subjects(spool) == ["one", "three"]
+    assert len(spool.set_aside()) == 1
+    assert spool.waiting() == []
+
+
+def test_long_names_that_meet_in_the_archive(spool: Spool) -> None:
+    """Two files with one name as long as a name may be are both archived."""
+    name = "1." + "x" * 253
+    spool.put(mail("one"), name=name)
+    spool.run()
+    spool.put(mail("two"), name=name)
+    spool.run()
+    assert subjects(spool) == ["one", "two"]
+    assert len(spool.archived()) == 2
+    assert spool.waiting() == []

@@ -273,3 +273,38 @@ def test_the_process_holds_no_lock_of_the_importer(tmp_path: Path, reader: Reade
     process.close()
     os.close(descriptor)
     assert str(tmp_path) not in held
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "other bytes"])
+def test_a_file_that_was_swapped_meanwhile_is_left(
+    tmp_path: Path, process: ReaderProcess, kind: str
+) -> None:
+    """What another put into the file's place after it was read is neither followed nor awaited."""
+    body = b"x" * 100_000
+    file = put(tmp_path, "1", "hello", body)
+    process.submit([file])
+    while process._progress[:] != b"\0" * len(process._progress):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    path = Path(file.path)
+    (tmp_path / "foreign").write_bytes(b"y" * file.size)
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(tmp_path / "foreign")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"z" * file.size)
+    assert process.collect() == [None]
+
+
+@pytest.mark.parametrize("when", [-(10**18), 2 * 10**19 // 4])
+def test_an_impossible_time_is_brought_to_a_possible_one(
+    tmp_path: Path, reader: Reader, when: int
+) -> None:
+    """A modification time before 1970, or far in the future, is no obstacle."""
+    file = put(tmp_path, "1", "hello")
+    os.utime(file.path, ns=(when, when))
+    found = reader.read(file)
+    assert isinstance(found, Prepared)
+    assert 0 <= found.values["arrived"] < 1 << 63

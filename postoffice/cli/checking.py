@@ -130,7 +130,10 @@ def _of_maildir(maildir: Path) -> Iterator[_Finding]:
             return
         if name != "tmp":
             with os.scandir(folder) as entries:
-                waiting += sum(not entry.name.startswith(".") for entry in entries)
+                waiting += sum(
+                    not entry.name.startswith(".") and entry.is_file(follow_symlinks=False)
+                    for entry in entries
+                )
     yield _ok("maildir", f"{maildir}; {count(waiting, 'message')} waiting to be imported")
     yield from _of_owner("maildir", maildir)
 

@@ -21,15 +21,13 @@ from typing import Literal, TypeVar
 from postoffice.config import values
 from postoffice.config.database_uri import check_uri
 from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
-from postoffice.config.rules import QUEUE_PREFIX, RuleReader
+from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
 from postoffice.loops import LoopRule
 from postoffice.routing import Routing
 
 __all__ = [
     "IN_MAILDIR",
-    "MAIN_SECTION",
-    "QUEUE_PREFIX",
     "ArchivePlace",
     "Settings",
     "find",

@@ -14,14 +14,15 @@ import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from postoffice.config.values import Fault
 from postoffice.exceptions import ConfigurationError
 
-__all__ = ["CONTROLS", "MAIN_SECTION", "ConfigFile", "nearest"]
+__all__ = ["CONTROLS", "MAIN_SECTION", "QUEUE_PREFIX", "ConfigFile", "nearest"]
 
 MAIN_SECTION = "post office"
+QUEUE_PREFIX = "queue:"
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PERCENT = re.compile(r"%%|%\(([^()]*)\)s|%")
@@ -49,7 +50,7 @@ class _Interpolation(configparser.Interpolation):
             name = found[1]
             if name is None:
                 return "%"
-            inner = defaults.get(name.lower())
+            inner = defaults.get(name.lower(), defaults.get(name))
             if inner is None:
                 raise Fault(
                     f"no option is named {name!r}",
@@ -78,6 +79,8 @@ class ConfigFile:
             {name: value.replace("%", "%%") for name, value in defaults.items()},
             interpolation=_Interpolation(),
         )
+        # typeshed takes the method for one that cannot be replaced; configparser documents it.
+        self.parser.optionxform = str  # type: ignore[assignment,method-assign]
         self.warnings: list[str] = []
         self._digest = hashlib.sha256()
         self._parse(self._text())
@@ -155,12 +158,35 @@ class ConfigFile:
             )
         except configparser.ParsingError as error:
             line, shown = error.errors[0]
+            # Python before 3.13 gives the line's repr.
+            quoted = shown if shown[:1] in ("'", '"') else repr(shown)
             self.fail(
                 None,
                 None,
-                f"line {line}: {shown} is neither a section nor an option",
+                f"line {line}: {quoted} is neither a section nor an option",
                 "write [SECTION] or NAME = VALUE, and indent lines that go on",
             )
+
+        self._lower_names()
+
+    def _lower_names(self) -> None:
+        """Make the names of our own options lower case; an application's may differ in case."""
+        defaults: Any = self.parser.defaults()
+        for name in list(defaults):
+            defaults[name.lower()] = defaults.pop(name)
+        for section in self.parser.sections():
+            if section != MAIN_SECTION and not section.startswith(QUEUE_PREFIX):
+                continue
+            for name in self.options(section):
+                if name == name.lower():
+                    continue
+                if name.lower() in self.options(section):
+                    self.fail(
+                        section, name, "the option stands there a second time", "keep one of them"
+                    )
+                value = self.parser.get(section, name, raw=True)
+                self.parser.remove_option(section, name)
+                self.parser.set(section, name.lower(), value)
 
     def options(self, section: str) -> list[str]:
         """Return the names of the section's own options, those of [DEFAULT] left out."""

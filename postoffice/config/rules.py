@@ -6,14 +6,13 @@ import importlib.metadata
 import re
 from collections.abc import Callable
 
-from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile, nearest
+from postoffice.config.file import CONTROLS, MAIN_SECTION, QUEUE_PREFIX, ConfigFile, nearest
 from postoffice.filters import FACTORIES, FilterError, ToHostnameFilter
 from postoffice.interfaces import IFilter
 from postoffice.routing import QueueRule, Routing
 
-__all__ = ["QUEUE_OPTIONS", "QUEUE_PREFIX", "RuleReader"]
+__all__ = ["QUEUE_OPTIONS", "RuleReader"]
 
-QUEUE_PREFIX = "queue:"
 QUEUE_OPTIONS = ("filters",)
 _FILE_FILTERS = frozenset({"header_regexp_file", "body_regexp_file"})
 

@@ -19,10 +19,12 @@ by more than a match's limit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from postoffice.exceptions import MatchTimeout
 from postoffice.expressions import parsing, worker
 from postoffice.expressions.cost import (
     AFFORDABLE_STEPS,
@@ -45,10 +47,13 @@ from postoffice.expressions.translation import (
     translated,
 )
 
-__all__ = ["MATCH_LIMIT", "Expression", "ExpressionList"]
+__all__ = ["LIST_LIMIT", "MATCH_LIMIT", "Expression", "ExpressionList"]
 
 #: Seconds of processor time that one match may take.
 MATCH_LIMIT: Final = 1.0
+
+#: Seconds after which several expressions that all take long are given up on together.
+LIST_LIMIT: Final = 5.0
 
 BLOCK_SIZE: Final = 256
 
@@ -276,9 +281,12 @@ def _first(
     ask: Callable[[Expression, str], bool],
     texts: Sequence[str],
 ) -> str | None:
+    deadline = time.monotonic() + LIST_LIMIT
     for expression in expressions:
         if any(ask(expression, text) for text in texts):
             return expression.source
+        if time.monotonic() > deadline:
+            raise MatchTimeout(f"the expressions take more than {LIST_LIMIT:g} s on one message")
     return None
 
 

@@ -25,7 +25,7 @@ from postoffice.depot.folder import find_folder, make_folder
 from postoffice.depot.lane import Place
 from postoffice.description import header_values
 from postoffice.display import one_line
-from postoffice.exceptions import DepotUnavailable, FolderMissing
+from postoffice.exceptions import ConfigurationError, DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader, open_message
@@ -188,11 +188,20 @@ class PostOffice:
         :param progress: is called with how many messages are done, and how many there are.
         :param retry: says which of the messages that were set aside are tried again; by default
             those that another version or configuration set aside.
+        :raises postoffice.exceptions.ConfigurationError: there is no queue.
         :raises postoffice.intake.maildir.MaildirBusy: another process is importing.
         :raises DepotUnavailable: the database failed; the rest waits in the Maildir.
         :raises OSError: the Maildir or the archive failed; likewise.
         """
         settings = self.settings
+        if not settings.routing.queues:
+            raise ConfigurationError(
+                str(settings.path),
+                None,
+                None,
+                "there is no section [queue:NAME], so that all mail would be discarded",
+                "write one for each application",
+            )
         fingerprint = self.fingerprint
         maildir = Maildir(settings.maildir)
         reader = ReaderProcess(Reader(settings.routing, settings.loop))

@@ -17,7 +17,12 @@ from ZODB.POSException import POSKeyError
 
 from postoffice import config
 from postoffice.api import PostOffice
-from postoffice.exceptions import DepotFormatError, DepotUnavailable, FolderMissing
+from postoffice.exceptions import (
+    ConfigurationError,
+    DepotFormatError,
+    DepotUnavailable,
+    FolderMissing,
+)
 from postoffice.intake.archive import local_day
 from postoffice.queue import Queue
 from postoffice.routing import AUTO_RESPONSE, OVERSIZE, THROTTLED
@@ -346,3 +351,12 @@ def test_what_an_application_took_does_not_come_again(spool: Spool) -> None:
     spool.put(mail("one"))
     run(spool, ("discarded", 1))
     assert spool.raws() == []
+
+
+def test_an_import_without_a_queue_is_refused(tmp_path: Path) -> None:
+    """All mail would be discarded; so nothing is touched, and the mend is named."""
+    spool = Spool(tmp_path / "spool", queues="")
+    spool.put(mail("a"))
+    with pytest.raises(ConfigurationError, match=r"no section \[queue:NAME\]"):
+        spool.run()
+    assert len(spool.waiting()) == 1

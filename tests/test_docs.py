@@ -370,6 +370,7 @@ OUTCOMES: dict[str, Callable[[World], None]] = {
     "bounce-repoze": queues_a_notice,
     "quarantine": puts_back,
     "looking": removes_nothing,
+    "several": all_is_processed,
     "adding": adds_one,
     "sink": hears_of_it,
 }

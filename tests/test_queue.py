@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path
@@ -914,6 +915,10 @@ def test_open_queue_by_uri_over_zeo(depot: Depot) -> None:
         transaction.commit()
     with pytest.raises(QueueMissing, match="there are: 'app'"):
         open_queue(depot.uri, "other")
+    # The client's own thread closes the last of its descriptors.
+    until = time.monotonic() + 10
+    while not set(os.listdir("/proc/self/fd")) <= before and time.monotonic() < until:
+        time.sleep(0.01)
     assert set(os.listdir("/proc/self/fd")) <= before
     assert message["Subject"] == "a"
     assert look(seat) == (["b"], [])

@@ -122,7 +122,13 @@ def oversize_message(header: bytes, size: int, limit: int) -> bytes:
 
 
 def prepare(
-    routing: Routing, loop: LoopRule | None, message: Message, source: str, way: str, size: int
+    routing: Routing,
+    loop: LoopRule | None,
+    message: Message,
+    source: str,
+    way: str,
+    size: int,
+    body: bytes | None = None,
 ) -> Prepared:
     """Decide on a message and gather what the intake transaction needs to know about it.
 
@@ -132,6 +138,7 @@ def prepare(
     :param source: what the message is called where it came from.
     :param way: the way in.
     :param size: bytes of the message as it arrived.
+    :param body: what stands for the body of an oversize message, to know duplicates by.
     :raises postoffice.exceptions.LimitExceeded: a filter gave up on the message.
     """
     decision = route(routing, message)
@@ -162,7 +169,7 @@ def prepare(
         values_of_loop = values_digest(loop_headers(message, loop.headers))
     raw = buffer if isinstance(buffer, bytes) else None
     return Prepared(
-        source, decision, values, raw, duplicate_digest(message), sender, values_of_loop
+        source, decision, values, raw, duplicate_digest(message, body), sender, values_of_loop
     )
 
 

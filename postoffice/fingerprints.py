@@ -18,18 +18,20 @@ def raw_digest(raw: Buffer) -> bytes:
     return hashlib.sha256(raw).digest()
 
 
-def duplicate_digest(message: Message) -> bytes:
+def duplicate_digest(message: Message, body: bytes | None = None) -> bytes:
     """Return 16 bytes that agree for messages that are duplicates of each other, and only then.
 
     Duplicates have the same Message-ID, the same original recipient (of the envelope where that is
     known, else of the topmost X-Original-To or Delivered-To) and the same body.
+
+    :param body: what stands for the body of a message that was left without it.
     """
     envelope = message.envelope
     recipients: Sequence[str] = envelope.recipients if envelope is not None else ()
     if not recipients:
         recipients = message.addresses("X-Original-To") or message.addresses("Delivered-To")
     identity = "\0".join([message.message_id, *(name.lower() for name in recipients)])
-    digest = hashlib.sha256(message.body_view)
+    digest = hashlib.sha256(message.body_view if body is None else body)
     digest.update(b"\0")
     digest.update(identity.encode("utf-8", "surrogatepass"))
     return digest.digest()[:16]

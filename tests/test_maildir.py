@@ -749,3 +749,12 @@ def test_long_names_that_meet_in_the_archive(spool: Spool) -> None:
     assert subjects(spool) == ["one", "two"]
     assert len(spool.archived()) == 2
     assert spool.waiting() == []
+
+
+def test_oversize_messages_are_told_apart_by_their_bodies(spool: Spool) -> None:
+    """Of two with one Message-ID and one size both are queued, and a true duplicate is not."""
+    spool.configure("max_message_size = 1k")
+    header = {"Message-ID": "<one@example.com>"}
+    for body in ("a" * 5000, "b" * 5000, "a" * 5000):
+        spool.put(mail("large", body, **header))
+    assert spool.run().counts == {"queued": 2, "discarded": 1}

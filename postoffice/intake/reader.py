@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import stat
@@ -124,7 +125,10 @@ class Reader:
         self, file: SpoolFile, descriptor: int, status: os.stat_result
     ) -> Prepared | Unreadable:
         message = open_message(self._routing, descriptor, arrival(status))
-        return prepare(self._routing, self._loop, message, file.name, self._way, status.st_size)
+        body = _body_digest(descriptor) if message.oversize else None
+        return prepare(
+            self._routing, self._loop, message, file.name, self._way, status.st_size, body
+        )
 
 
 def arrival(status: os.stat_result) -> int:
@@ -173,9 +177,7 @@ def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:
     raw: bytes | mmap.mmap
     if oversize:
         start = os.read(descriptor, _LONGEST_HEADER)
-        ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
-        header = start[: min(ends, default=len(start))]
-        raw = oversize_message(header, size, routing.max_message_size or 0)
+        raw = oversize_message(start[: _header_end(start)], size, routing.max_message_size or 0)
     else:
         raw = _read_small(descriptor) if size < BLOB_SIZE else b""
         if len(raw) >= BLOB_SIZE or size >= BLOB_SIZE:
@@ -186,6 +188,21 @@ def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:
     if oversize:
         message.oversize = True
     return message
+
+
+def _header_end(start: bytes) -> int:
+    ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
+    return min(ends, default=len(start))
+
+
+def _body_digest(descriptor: int) -> bytes:
+    """Return the sha256 of what follows the header of a file, read piece by piece."""
+    place = _header_end(os.pread(descriptor, _LONGEST_HEADER, 0))
+    digest = hashlib.sha256()
+    while piece := os.pread(descriptor, _LONGEST_HEADER, place):
+        digest.update(piece)
+        place += len(piece)
+    return digest.digest()
 
 
 def _read_small(descriptor: int) -> bytes:

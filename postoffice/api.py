@@ -165,6 +165,7 @@ class PostOffice:
                         raise DepotUnavailable(one_line(error)) from error
                 except (POSError, OSError) as error:
                     raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
+            # Whoever was in the way gets on meanwhile.
             time.sleep(0.01 * attempt)
         raise AssertionError("the last attempt returns or raises")
 

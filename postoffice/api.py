@@ -17,12 +17,11 @@ from transaction.interfaces import NoTransaction, TransientError
 from ZODB.POSException import POSError
 
 from postoffice import config
-from postoffice.claims import holder_is_gone
+from postoffice.claims import living_claims
 from postoffice.database import blob_folder, database_file, open_database
 from postoffice.delivery import Intake
 from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import find_folder, make_folder
-from postoffice.depot.lane import Place
 from postoffice.description import header_values
 from postoffice.display import one_line
 from postoffice.exceptions import ConfigurationError, DepotUnavailable, FolderMissing
@@ -332,6 +331,34 @@ class PostOffice:
         done: int = self._committed(work)
         return done
 
+    def release(self, name: str, ids: Sequence[str]) -> int:
+        """Let claimed messages be taken by anybody, and deferred ones be due; say how many were so.
+
+        All of them, or none on an error.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        :raises postoffice.exceptions.MessageMissing: one does not wait in it.
+        """
+
+        def work(connection: Any) -> int:
+            queue = Queue(self.folder(connection).get(name))
+            return sum(queue.give_back(id) for id in dict.fromkeys(ids))
+
+        done: int = self._committed(work)
+        return done
+
+    def release_all(self, name: str) -> int:
+        """Let all that is claimed or deferred be taken by anybody; say how many were.
+
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        """
+
+        def work(connection: Any) -> int:
+            return Queue(self.folder(connection).get(name)).give_all_back()
+
+        done: int = self._committed(work)
+        return done
+
     def discard(self, name: str, ids: Sequence[str]) -> int:
         """Discard messages from quarantine for good: all, or none on an error; say how many.
 
@@ -373,8 +400,9 @@ class QueueStatus:
     """How one queue is.
 
     :ivar name: its name.
-    :ivar waiting: how many messages wait, those included that a consumer holds.
+    :ivar waiting: how many messages wait, those held and deferred included.
     :ivar held: how many of them consumers hold, to take them soon.
+    :ivar deferred: how many of them were given back and are not to be taken yet.
     :ivar quarantined: how many are in quarantine.
     :ivar oldest: arrival of the message at its head, in nanoseconds since the epoch, or ``None``.
     :ivar configured: whether the configuration has it.
@@ -384,6 +412,7 @@ class QueueStatus:
     name: str
     waiting: int
     held: int
+    deferred: int
     quarantined: int
     oldest: int | None
     configured: bool
@@ -392,21 +421,16 @@ class QueueStatus:
 
 def _status(name: str, folder: QueuesFolder, configured: bool) -> QueueStatus:
     if name not in folder.queues:
-        return QueueStatus(name, 0, 0, 0, None, configured, made=False)
+        return QueueStatus(name, 0, 0, 0, 0, None, configured, made=False)
     record = folder.get(name)
     now = time.time_ns()
-    held = sum(
-        claim[3] > now
-        and lane.live(lane.get(Place(number, claim[0], position)), position)
-        and not holder_is_gone(claim[1])
-        for number, lane in enumerate(record.lanes)
-        for position, claim in lane.claims.items(1)
-    )
+    held = sum(1 for _ in living_claims(record, now))
     head = next(Queue(record).entries(limit=1), None)
     return QueueStatus(
         name,
         record.waiting(),
         held,
+        record.count_deferred(now),
         int(record.quarantined()),
         None if head is None else head.arrived,
         configured,

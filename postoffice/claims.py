@@ -7,28 +7,29 @@ keeps consumers apart; the write of the entry, in the application's transaction,
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import socket
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from transaction import TransactionManager
 from transaction.interfaces import TransientError
 
-from postoffice.depot.lane import Claim, Place
+from postoffice.depot.lane import FIRST, Claim, Place, claim_of
 from postoffice.depot.queue import QueueRecord
 
-__all__ = ["LEASE_SECONDS", "Claims", "holder_is_gone"]
+__all__ = ["Claims", "Holder", "holder_is_gone", "living_claims"]
 
-log = logging.getLogger("postoffice")
+if TYPE_CHECKING:
+    from postoffice.depot.entry import Entry, ErrorText
 
-LEASE_SECONDS = 300
 _ATTEMPTS = 30
+# Entries that are due at the same time are due some nanoseconds one after the other.
+_SAME_TIME = 1_000_000
 
 _T = TypeVar("_T")
 
@@ -60,23 +61,46 @@ _MACHINE = _machine()
 _living: weakref.WeakValueDictionary[str, Claims] = weakref.WeakValueDictionary()
 
 
-def holder_is_gone(holder: str) -> bool:
-    """Tell whether a holder is known to be dead; one on another machine never is.
+class Holder(NamedTuple):
+    """Who holds a claim.
 
-    A holder is ``MACHINE:PID:START:NONCE``, where the machine includes its boot and the name
-    space of its process ids.
+    Its text is ``MACHINE:PID:START:NONCE``, where the machine is ``HOST/BOOT/NAMESPACE``, with the
+    name space of its process ids.
+
+    :ivar machine: see above.
+    :ivar pid: number of the process.
+    :ivar start: when the process started, in ticks since the boot; ``""`` where that is not known.
     """
-    machine, pid, start, _ = holder.rsplit(":", 3)
-    if machine != _MACHINE:
-        host, boot, _ = machine.split("/", 2)
-        mine = _MACHINE.split("/", 2)
+
+    machine: str
+    pid: int
+    start: str
+
+    @classmethod
+    def parse(cls, text: str) -> Holder:
+        """Take the text apart."""
+        machine, pid, start, _ = text.rsplit(":", 3)
+        return cls(machine, int(pid), start)
+
+    @property
+    def host(self) -> str:
+        """The machine's name."""
+        return self.machine.rsplit("/", 2)[0]
+
+
+def holder_is_gone(text: str) -> bool:
+    """Tell whether a holder is known to be dead; one on another machine never is."""
+    holder = Holder.parse(text)
+    if holder.machine != _MACHINE:
+        host, boot, _ = holder.machine.rsplit("/", 2)
+        mine = _MACHINE.rsplit("/", 2)
         return host == mine[0] and boot != mine[1]
-    if int(pid) == os.getpid():
-        return holder not in _living
-    if start and _started(int(pid)) != start:
+    if holder.pid == os.getpid():
+        return text not in _living
+    if holder.start and _started(holder.pid) != holder.start:
         return True
     try:
-        os.kill(int(pid), 0)
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return True
     except OSError:
@@ -84,18 +108,87 @@ def holder_is_gone(holder: str) -> bool:
     return False
 
 
+def living_claims(record: QueueRecord, now: int) -> Iterator[tuple[Place, Claim]]:
+    """Iterate over the claims that keep a message from others.
+
+    :param now: nanoseconds since the epoch.
+    """
+    dead: dict[str, bool] = {}
+    for number, lane in enumerate(record.all_lanes):
+        for position, row in lane.claims.items(FIRST):
+            claim = claim_of(row)
+            place = Place(number, claim.segment, position)
+            if (
+                claim.holder
+                and claim.until > now
+                and record.live(place) is not None
+                and not _is_dead(claim.holder, dead)
+            ):
+                yield place, claim
+
+
+def _is_dead(holder: str, known: dict[str, bool]) -> bool:
+    if holder not in known:
+        known[holder] = holder_is_gone(holder)
+    return known[holder]
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1_000_000_000)
+
+
+def _free(record: QueueRecord, place: Place, lapses: int) -> None:
+    """Let nobody hold a place; how many holders it has cost is kept."""
+    claims = record.all_lanes[place.lane].claims
+    if lapses:
+        claims[place.position] = tuple(Claim(place.segment, "", 0, 0, lapses))
+    else:
+        claims.pop(place.position, None)
+
+
+def _lapse(record: QueueRecord, holder: str, ended: int | None) -> list[Place]:
+    """Free what a holder held that is dead, or whose time has run out.
+
+    The first that it had not finished is what it had in hand; only that one is held against it.
+
+    :param ended: the time now, in nanoseconds: what has run out by then; ``None``: all.
+    :return: the places whose entries have gone, to be swept.
+    """
+    gone: list[Place] = []
+    unfinished: list[tuple[int, int, Place, Claim]] = []
+    for number, lane in enumerate(record.all_lanes):
+        for position, row in lane.claims.items(FIRST):
+            claim = claim_of(row)
+            if claim.holder != holder or (ended is not None and claim.until > ended):
+                continue
+            place = Place(number, claim.segment, position)
+            if record.live(place) is None:
+                gone.append(place)
+            else:
+                unfinished.append((claim.since, claim.turn, place, claim))
+    unfinished.sort()
+    for index, (_, _, place, claim) in enumerate(unfinished):
+        _free(record, place, claim.lapses + (index == 0))
+    return gone
+
+
 class Claims:
     """The claims of one consumer on one queue.
 
+    Belongs to one thread.  All that it does, it does at once, in transactions of its own.
+
     :ivar holder: who it is, for other processes and for administrators.
-    :ivar held: the places that it holds.
+    :ivar held: the places that it holds, with the claims on them.
+    :ivar finished: places whose messages this consumer has taken and committed; they are swept out
+        when it claims more, or gives back what it holds.
     """
 
     def __init__(self, connection: Any, oid: bytes) -> None:
         """Claim from the queue whose record has this oid in the connection's database."""
         pid = os.getpid()
         self.holder = f"{_MACHINE}:{pid}:{_started(pid)}:{uuid.uuid4().hex[:12]}"
-        self.held: set[Place] = set()
+        self.held: dict[Place, Claim] = {}
+        self.finished: set[Place] = set()
         self._db = connection.db()
         self._oid = oid
         _living[self.holder] = self
@@ -103,89 +196,180 @@ class Claims:
     def take(
         self,
         limit: int,
-        finished: Iterable[Place] = (),
         visible: Callable[[Place], bool] = lambda place: True,
         after: int = 0,
+        lease: float | None = None,
     ) -> list[Place]:
         """Claim up to `limit` of the first messages that nobody holds.
 
         What has gone from the queue and nobody looks after any more is swept out on the way.
 
-        :param finished: places whose messages this consumer has taken, and committed.
         :param visible: says whether the consumer's own transaction knows of the message at a place;
             one that it does not know of yet is left to others.
-        :param after: begin behind this position.
+        :param after: begin behind this position, but for messages that are due again.
+        :param lease: seconds that the claims hold; ``None``: what the queue's policy says.
         """
         mine = self.holder.rsplit(":", 1)[0]
-        done = set(finished)
 
-        def work(record: QueueRecord) -> list[Place]:
+        def work(record: QueueRecord) -> dict[Place, Claim]:
             now = time.time_ns()
-            found: list[Place] = []
-            swept = list(done)
-            gone: dict[str, bool] = {}
-            for place, entry in record.walk(after):
-                if place in done:
+            lanes = record.all_lanes
+            found: dict[Place, Claim] = {}
+            swept = set(self.finished)
+            dead: dict[str, bool] = {}
+
+            def lapses_if_free(place: Place, entry: Entry) -> int | None:
+                """Return how many holders it has cost if it is to be had; ``None`` if it is not."""
+                lane = lanes[place.lane]
+                row = lane.claims.get(place.position)
+                if row is None:
+                    return 0
+                claim = claim_of(row)
+                holder = claim.holder
+                if holder and (claim.until <= now or _is_dead(holder, dead)):
+                    swept.update(_lapse(record, holder, None if _is_dead(holder, dead) else now))
+                    if place in swept:
+                        return None
+                    row = lane.claims.get(place.position)
+                    return 0 if row is None else claim_of(row).lapses
+                # What this consumer does not know that it holds, a commit in doubt has given it.
+                if holder and (holder != self.holder or place in self.held):
+                    if holder.startswith(mine) and not lane.live(entry, place.position):
+                        swept.add(place)
+                    return None
+                if lane.live(entry, place.position):
+                    return claim.lapses
+                swept.add(place)
+                return None
+
+            for place, entry in record.ready(now, after):
+                if place in swept:
                     continue
-                lane = record.lanes[place.lane]
-                claim = lane.claims.get(place.position)
-                if claim is not None:
-                    holder = claim[1]
-                    if holder not in gone:
-                        gone[holder] = holder_is_gone(holder)
-                    free = gone[holder] or claim[3] <= now
-                    if not free and not holder.startswith(mine):
-                        continue
-                    if not lane.live(entry, place.position):
-                        swept.append(place)
-                        continue
-                    if not free:
-                        continue
-                if not visible(place):
+                lapses = lapses_if_free(place, entry)
+                if lapses is None or not visible(place):
                     continue
-                found.append(place)
-                if len(found) >= limit:
+                found[place] = Claim(place.segment, self.holder, now, 0, lapses, len(found))
+                if len(found) == limit:
                     break
             for place in swept:
                 record.sweep(place)
-            for lane in record.lanes:
+            for lane in lanes:
                 lane.drop_drained_head()
-            until = now + LEASE_SECONDS * 1_000_000_000
-            for place in found:
-                claim = Claim(place.segment, self.holder, now, until)
-                record.lanes[place.lane].claims[place.position] = tuple(claim)
+            until = now + _nanoseconds(record.policy.lease if lease is None else lease)
+            for place, claim in found.items():
+                found[place] = claim = claim._replace(until=until)
+                lanes[place.lane].claims[place.position] = tuple(claim)
             return found
 
         found = self._run(work)
+        self.finished.clear()
         self.held.update(found)
-        return found
+        return list(found)
 
-    def release(self, finished: Iterable[Place] = ()) -> None:
-        """Give all claims back, so that others can have the messages at once."""
-        returned, self.held = self.held, set()
-        if not returned:
+    def finish(self, places: Iterable[Place]) -> None:
+        """Hold these no more: what became of their messages is committed."""
+        for place in places:
+            self.held.pop(place, None)
+            self.finished.add(place)
+
+    def release(self, places: Iterable[Place] | None = None) -> None:
+        """Give claims back, so that others can have the messages at once.
+
+        :param places: which; ``None``: all that it holds.
+        """
+        returned = (
+            list(self.held) if places is None else [one for one in places if one in self.held]
+        )
+        for place in returned:
+            del self.held[place]
+        if not returned and not self.finished:
             return
-        swept = list(finished)
 
         def work(record: QueueRecord) -> None:
-            for place in swept:
+            for place in self.finished:
                 record.sweep(place)
             for place in returned:
-                lane = record.lanes[place.lane]
-                claim = lane.claims.get(place.position)
-                if claim is None or claim[1] != self.holder:
+                claim = self._own(record, place)
+                if claim is None:
                     continue
-                if lane.live(lane.get(place), place.position):
-                    del lane.claims[place.position]
-                else:
+                if record.live(place) is None:
                     record.sweep(place)
+                else:
+                    _free(record, place, claim.lapses)
 
         self._run(work)
+        self.finished.clear()
+
+    def renew(self, place: Place, lease: float | None = None) -> bool:
+        """Let a claim hold for its time from now; return whether it is still this consumer's.
+
+        :param lease: in seconds; ``None``: what the queue's policy says.
+        """
+
+        def work(record: QueueRecord) -> Claim | None:
+            claim = self._own(record, place)
+            if claim is None or record.live(place) is None:
+                return None
+            seconds = record.policy.lease if lease is None else lease
+            claim = claim._replace(until=time.time_ns() + _nanoseconds(seconds))
+            record.all_lanes[place.lane].claims[place.position] = tuple(claim)
+            return claim
+
+        claim = self._run(work)
+        if claim is None:
+            self.held.pop(place, None)
+            return False
+        self.held[place] = claim
+        return True
+
+    def defer(self, place: Place, due: int, error: ErrorText | None = None) -> bool:
+        """Give a message back, to be taken at a time; return whether it was still to be had.
+
+        :param due: in nanoseconds since the epoch.
+        :param error: why an attempt has failed; without one it does not count as an attempt.
+        """
+        attempts = 0
+
+        def work(record: QueueRecord) -> bool:
+            nonlocal attempts
+            attempts += 1
+            claim = self._own(record, place)
+            if claim is None:
+                # An attempt whose commit seemed to fail may have done it.
+                times = record.deferred.times if record.deferred is not None else {}
+                return attempts > 1 and 0 <= times.get(place.position, 0) - due < _SAME_TIME
+            entry = record.live(place)
+            if entry is None:
+                record.sweep(place)
+                return False
+            if error is not None:
+                entry.fail(error, 1 + claim.lapses)
+            moved = record.defer(place, due)
+            if moved is not None and error is None and claim.lapses:
+                _free(record, moved, claim.lapses)
+            return True
+
+        deferred = self._run(work)
+        self.held.pop(place, None)
+        return deferred
+
+    def read(self, work: Callable[[QueueRecord], _T]) -> _T:
+        """Look at the queue as it is now, apart from any transaction of the caller's."""
+        return self._run(work)
 
     def abandon(self) -> None:
         """Hold nothing any more, without a word to the database; this process knows at once."""
         self.held.clear()
+        self.finished.clear()
         _living.pop(self.holder, None)
+
+    def _own(self, record: QueueRecord, place: Place) -> Claim | None:
+        """Return the claim on a place, if it is this consumer's still."""
+        lanes = record.all_lanes
+        row = lanes[place.lane].claims.get(place.position) if place.lane < len(lanes) else None
+        if row is None or row[1] != self.holder:
+            return None
+        return claim_of(row)
 
     def _run(self, work: Callable[[QueueRecord], _T]) -> _T:
         attempt = 0

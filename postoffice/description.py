@@ -110,6 +110,8 @@ def error_text(error: Any) -> ErrorText:
     if isinstance(error, BaseException):
         error = (type(error), error, error.__traceback__)
     if isinstance(error, tuple) and len(error) == 3:
+        if all(isinstance(part, str) for part in error):
+            return ErrorText(*error)
         kind = getattr(error[0], "__qualname__", None) or str(error[0] or "")
         value = _text_of(error[1])
         if isinstance(error[1], BaseException) and isinstance(error[2], TracebackType):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from email.message import Message as AnyMessage
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from zope.interface import Attribute, Interface
 
@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from postoffice.depot.entry import Entry, ErrorText
     from postoffice.message import Message
 
-__all__ = ["EVENT_KINDS", "Event", "IEventSink", "IFilter", "IQueue", "Send"]
+__all__ = [
+    "EVENT_KINDS",
+    "ClaimStatus",
+    "Event",
+    "IClaimedMessage",
+    "IEventSink",
+    "IFilter",
+    "IQueue",
+    "Send",
+]
 
 #: The kinds of events, each with its meaning.
 EVENT_KINDS = {
@@ -44,6 +53,23 @@ class Event:
     time: int
     kind: str
     reason: str
+
+
+class ClaimStatus(NamedTuple):
+    """Who holds one message.
+
+    :ivar id: the message's id.
+    :ivar host: name of the holder's machine.
+    :ivar pid: number of the holder's process there.
+    :ivar since: since when, in nanoseconds since the epoch.
+    :ivar until: until when others leave it alone, likewise.
+    """
+
+    id: int
+    host: str
+    pid: int
+    since: int
+    until: int
 
 
 class IEventSink(Interface):
@@ -106,6 +132,20 @@ class IQueue(Interface):
         :raises postoffice.exceptions.QueueEmpty: there is none to take now.
         """
 
+    def claim(limit: int = 1, lease: float | None = None) -> Sequence[IClaimedMessage]:
+        """Claim up to `limit` of the first messages: for work that is long, or has other effects.
+
+        Happens at once, in a short transaction apart from the caller's, and holds whatever the
+        caller's transactions do.  Returned are those that there are, the first first, perhaps none.
+
+        :param lease: seconds after which others may take them; ``None``: what the configuration
+            says, five minutes by default.
+        :raises ValueError: `limit` is less than 1, or `lease` not more than 0.
+        """
+
+    def claims() -> list[ClaimStatus]:
+        """Return who holds messages of this queue, as the present transaction sees it."""
+
     def peek() -> Message:
         """Return the message that ``pop_next`` would take, and leave it there.
 
@@ -113,7 +153,7 @@ class IQueue(Interface):
         """
 
     def __len__() -> int:
-        """Return the number of messages in the queue, those included that others hold."""
+        """Return the number of messages in the queue, those claimed or deferred included."""
 
     def __bool__() -> bool:
         """Return whether there is a message to take now.
@@ -216,3 +256,70 @@ class IQueue(Interface):
 
     def requeue_quarantined_messages() -> int:
         """Put all of quarantine behind the tail, in order of arrival, and return how many."""
+
+
+class IClaimedMessage(Interface):
+    """A message that is claimed: this consumer's alone until the lease ends, or it is done with.
+
+    ``ack`` and ``quarantine`` join the application's transaction, and take effect when that
+    commits; if it aborts, the message is still claimed.  ``release``, ``defer`` and ``renew`` act
+    at once.  What belongs to somebody else by now is a
+    :exc:`postoffice.exceptions.MessageTaken`; of two that hold the same message by a lease that
+    ended, one commits and the other meets that error or a conflict.
+
+    Closing the connection gives back what is claimed in it, as does the end of the process: on
+    the same machine at once, for others when the lease ends.
+    """
+
+    id = Attribute("The message's id.")
+    message = Attribute(
+        "The message; readable at any time.  Raises ``POSKeyError`` or ``OSError`` where the "
+        "database has lost its body."
+    )
+    attempts = Attribute("How many attempts have failed since it was added, or last requeued.")
+    last_error = Attribute("Type, message and traceback of the last failure, or ``None``.")
+    since = Attribute("When it was claimed, in nanoseconds since the epoch.")
+    until = Attribute("When the claim ends, likewise.")
+
+    def check() -> None:
+        """See in the application's transaction whether the message is still to be had.
+
+        :raises postoffice.exceptions.MessageTaken: somebody else has it.
+        """
+
+    def ack() -> None:
+        """Take the message out of the queue with the application's transaction.
+
+        The transaction must have begun after the message was added: begin it after the claim.
+
+        :raises postoffice.exceptions.MessageTaken: somebody else has it.
+        """
+
+    def quarantine(error: Any, attempts: int = 1) -> None:
+        """Move the message to quarantine with the application's transaction.
+
+        `error` as in :meth:`IQueue.quarantine`; `attempts` is how many failed attempts this is.
+
+        :raises postoffice.exceptions.MessageTaken: somebody else has it.
+        """
+
+    def release() -> None:
+        """Give the message back, to its place, for anybody to take at once.
+
+        Does nothing if it is not claimed any more.
+        """
+
+    def defer(seconds: float, error: Any = None) -> None:
+        """Give the message back, for anybody to take, but not before some seconds have passed.
+
+        Then it comes before all that wait.  An `error`, as in :meth:`IQueue.quarantine`, counts
+        as a failed attempt.
+
+        :raises postoffice.exceptions.MessageTaken: somebody else has it.
+        """
+
+    def renew(lease: float | None = None) -> None:
+        """Hold the message for so many seconds from now; ``None``: as the configuration says.
+
+        :raises postoffice.exceptions.MessageTaken: somebody else has it.
+        """

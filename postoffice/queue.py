@@ -20,27 +20,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any
 
+from transaction.interfaces import NoTransaction
 from ZODB.blob import Blob
 from ZODB.interfaces import IBlobStorage
+from ZODB.POSException import POSKeyError
 from zope.interface import implementer
 
 from postoffice.addresses import mailboxes
 from postoffice.bounces import compose_bounce, compose_quarantine_notice
+from postoffice.claimed import ClaimedMessage
+from postoffice.claims import Holder, living_claims
 from postoffice.database import open_database
 from postoffice.depot.durability import BlobDurability
 from postoffice.depot.entry import DISCARDED, DONE, QUARANTINED, QUEUED, Body, Entry, ErrorText
 from postoffice.depot.folder import find_folder
 from postoffice.depot.ids import new_id
+from postoffice.depot.lane import Lane
 from postoffice.depot.queue import QueueRecord
 from postoffice.description import as_message, describe, error_text, message_of, stored_bytes
-from postoffice.exceptions import MessageMissing, MessageTaken, QueueEmpty
+from postoffice.exceptions import MessageMissing, MessageTaken, QueueEmpty, QueueRemoved
 from postoffice.fingerprints import duplicate_digest, sender_digest, values_digest
 from postoffice.histories import Histories
-from postoffice.interfaces import IEventSink, IQueue, Send
+from postoffice.interfaces import ClaimStatus, IEventSink, IQueue, Send
 from postoffice.loops import MAX_SENDER, average_frequency, instantaneous_frequency
 from postoffice.message import Message
 from postoffice.outbound import hand_over
@@ -79,7 +84,12 @@ class ClosingPair(tuple[Any, Any]):
         self[1]()
 
 
-def open_queue(db_or_uri: Any, queue_name: str, path: str = "postoffice") -> ClosingPair:
+def open_queue(
+    db_or_uri: Any,
+    queue_name: str,
+    path: str = "postoffice",
+    transaction_manager: Any = None,
+) -> ClosingPair:
     """Open a queue, and whatever has to be opened for it.
 
     Either ``queue, close = open_queue(...)`` or ``with open_queue(...) as queue:``.
@@ -87,6 +97,8 @@ def open_queue(db_or_uri: Any, queue_name: str, path: str = "postoffice") -> Clo
     :param db_or_uri: an open ``ZODB.DB``, which stays open, or a zodburi URI.
     :param queue_name: the queue's name.
     :param path: path of the depot in the database.
+    :param transaction_manager: whose transactions the queue joins, an explicit one or not;
+        ``None``: those of the thread.
     :return: the pair of the queue and a function that aborts what is not committed and closes what
         was opened; calling it again does nothing.
     :raises postoffice.exceptions.DepotUnavailable: the database cannot be opened now.
@@ -94,22 +106,28 @@ def open_queue(db_or_uri: Any, queue_name: str, path: str = "postoffice") -> Clo
     :raises postoffice.exceptions.QueueMissing: there is no such queue; the text names those there
         are.
 
-    Whatever is raised, nothing stays open.  The queue joins the transactions of the thread's
-    transaction manager.
+    Whatever is raised, nothing stays open.
     """
     opened = open_database(db_or_uri) if isinstance(db_or_uri, str) else None
     connection = None
     try:
-        connection = (opened or db_or_uri).open()
-        close = _Closer(connection, opened)
-        return ClosingPair((find_queue(connection.root(), queue_name, path), close))
+        connection = (opened or db_or_uri).open(transaction_manager)
+        queue = find_queue(connection.root(), queue_name, path)
+        return ClosingPair((queue, _Closer(connection, opened)))
     except BaseException:
         if connection is not None:
-            connection.transaction_manager.abort()
-            connection.close()
+            _close(connection)
         if opened is not None:
             opened.close()
         raise
+
+
+def _close(connection: Any) -> None:
+    """Abort what is under way in a connection, and close it."""
+    # An explicit manager may be between two transactions.
+    with suppress(NoTransaction):
+        connection.transaction_manager.abort()
+    connection.close()
 
 
 class _Closer:
@@ -124,8 +142,7 @@ class _Closer:
         if connection is None:
             return
         try:
-            connection.transaction_manager.abort()
-            connection.close()
+            _close(connection)
         finally:
             if self._opened is not None:
                 self._opened.close()
@@ -162,9 +179,10 @@ class Queue:
         self.name: str = record.name
         self.event_sink: IEventSink | None = None
         self._connection = record._p_jar
-        self._taking = Taking(record)
+        #: What this object holds and takes; :class:`postoffice.claimed.ClaimedMessage` works on it.
+        self.taking = Taking(record)
         #: What the queue remembers; the intake asks it directly.
-        self.histories = Histories(record, self._taking)
+        self.histories = Histories(record, self.taking)
         self._durability = BlobDurability(self._connection)
         self._durable_in: Work | None = None
 
@@ -174,13 +192,17 @@ class Queue:
         Happens by itself when the connection is closed, and after a transaction that was aborted
         or took nothing.
         """
-        self._taking.release()
+        self.taking.release()
+
+    def release_claims(self) -> None:
+        """Give back at once what was claimed by :meth:`claim` and is not done with."""
+        self.taking.release_lent()
 
     # -- taking ------------------------------------------------------------------------------------
 
     def pop_next(self) -> Message:
         """See :meth:`postoffice.interfaces.IQueue.pop_next`."""
-        taken = self._taking.take()
+        taken = self.taking.take()
         if taken is None:
             raise QueueEmpty(f"no message to take from queue {self.name!r} now")
         entry, work = taken
@@ -189,19 +211,59 @@ class Queue:
         work.give(message, entry)
         return message
 
+    def claim(self, limit: int = 1, lease: float | None = None) -> list[ClaimedMessage]:
+        """See :meth:`postoffice.interfaces.IQueue.claim`."""
+        if limit < 1 or (lease is not None and lease <= 0):
+            raise ValueError("limit is at least 1, and lease more than 0 seconds")
+        claims = self.taking.lend()
+        places = claims.take(limit, lease=lease)
+        if not places:
+            return []
+
+        def read(record: QueueRecord) -> list[ClaimedMessage]:
+            return [
+                ClaimedMessage(self, claims, place, *self._read(entry))
+                for place in places
+                if (entry := record.live(place)) is not None
+            ]
+
+        return claims.read(read)
+
+    def _read(self, entry: Entry) -> tuple[Entry, Message | Exception]:
+        """Return a copy of an entry, and the message or why it cannot be read."""
+        copy = entry.copy()
+        try:
+            message = self.message(entry)
+        except (POSKeyError, OSError) as error:
+            # The others shall not wait for one whose body is lost.
+            return copy, error
+        message.entry = copy
+        return copy, message
+
+    def claims(self) -> list[ClaimStatus]:
+        """See :meth:`postoffice.interfaces.IQueue.claims`."""
+        found = []
+        for place, claim in living_claims(self.record, time.time_ns()):
+            entry = self.record.live(place)
+            if entry is not None:
+                holder = Holder.parse(claim.holder)
+                status = ClaimStatus(entry.id, holder.host, holder.pid, claim.since, claim.until)
+                found.append(status)
+        return found
+
     def peek(self) -> Message:
         """See :meth:`postoffice.interfaces.IQueue.peek`."""
-        for entry in self._taking.free():
+        for entry in self.taking.free():
             return self.message(entry)
         raise QueueEmpty(f"no message to take from queue {self.name!r} now")
 
     def __bool__(self) -> bool:
         """See :meth:`postoffice.interfaces.IQueue.__bool__`."""
-        return self._taking.has_one()
+        return self.taking.has_one()
 
     def __len__(self) -> int:
         """See :meth:`postoffice.interfaces.IQueue.__len__`."""
-        return self.record.waiting() - self._taking.uncounted()
+        return self.record.waiting() - self.taking.uncounted()
 
     def __iter__(self) -> Iterator[Message]:
         """See :meth:`postoffice.interfaces.IQueue.__iter__`."""
@@ -224,7 +286,7 @@ class Queue:
             rows = (
                 entry
                 for place, entry in self.record.walk(after)
-                if self.record.lanes[place.lane].live(entry, place.position)
+                if Lane.live(entry, place.position)
             )
         yield from islice(rows, limit)
 
@@ -234,8 +296,11 @@ class Queue:
         :raises MessageMissing: there is none.
         """
         number = _number(id)
-        found = self.record.find(number)
-        entry = found[1] if found is not None else self.record.get_quarantine(number)
+        # A look into the quarantine costs little, and one for what is not there costs much.
+        entry = self.record.get_quarantine(number)
+        if entry is None:
+            found = self.record.find(number)
+            entry = None if found is None else found[1]
         if entry is None:
             raise MessageMissing(f"no message {id} in queue {self.name!r} or its quarantine")
         return entry
@@ -259,7 +324,7 @@ class Queue:
 
         :param raw: the bytes, or a function that fills a blob with them.
         """
-        work = self._taking.work()
+        work = self.taking.work()
         entry = Entry(values)
         entry.id = new_id()
         entry.body = self._body(raw)
@@ -273,9 +338,9 @@ class Queue:
 
     def forget_bodies(self) -> None:
         """Let go of the memory of messages that were added and are committed by now."""
-        for one in self._taking.stored:
+        for one in self.taking.stored:
             one._p_deactivate()
-        self._taking.stored = []
+        self.taking.stored = []
 
     def _body(self, raw: bytes | Callable[[Blob], None]) -> Body | Blob:
         if isinstance(raw, bytes) and (len(raw) < BLOB_SIZE or not self._has_blobs()):
@@ -288,11 +353,11 @@ class Queue:
                 file.write(raw)
         else:
             raw(blob)
-        work = self._taking.work()
+        work = self.taking.work()
         if self._durable_in is not work:
             self._durable_in = work
             self._durability = BlobDurability(self._connection)
-            self._taking.transaction().join(self._durability)
+            self.taking.transaction().join(self._durability)
         self._durability.watch(blob)
         return blob
 
@@ -366,7 +431,7 @@ class Queue:
         if notice is None:
             log.info("no bounce is sent for message %s of queue %r", own.id, self.name)
             return False
-        hand_over(notice, send, self._taking.transaction())
+        hand_over(notice, send, self.taking.transaction())
         return True
 
     def quarantine(
@@ -383,45 +448,58 @@ class Queue:
         notice = None
         if send is not None and notice_from is not None:
             notice = compose_quarantine_notice(own, notice_from, datetime.now(UTC))
-        work = self._taking.work()
-        entry = self._entry_to_quarantine(own, work)
-        entry.fail(error_text(error))
-        entry.change(
-            QUARANTINED, "quarantined", "application-error", time.time_ns(), self.event_sink
-        )
-        self.record.put_quarantine(entry)
+        work = self.taking.work()
+        entry, lapses = self._entry_to_quarantine(own, work)
+        self.put_quarantine(entry, error, 1 + lapses)
         own.id = message.id = entry.id  # type: ignore[attr-defined]  # any message may carry it
         own.queue_name = self.name
         own.entry = entry
         if send is not None and notice is not None:
-            hand_over(notice, send, self._taking.transaction())
+            hand_over(notice, send, self.taking.transaction())
         return entry.id
 
-    def _entry_to_quarantine(self, message: Message, work: Work) -> Entry:
-        """Find the message's entry, out of the queue, or make one."""
+    def put_quarantine(self, entry: Entry, error: Any, attempts: int) -> None:
+        """Put an entry into quarantine that is not there.
+
+        :param error: see :meth:`quarantine`.
+        :param attempts: how many failed attempts this is.
+        """
+        entry.fail(error_text(error), attempts)
+        entry.change(
+            QUARANTINED, "quarantined", "application-error", time.time_ns(), self.event_sink
+        )
+        self.record.put_quarantine(entry)
+
+    def _entry_to_quarantine(self, message: Message, work: Work) -> tuple[Entry, int]:
+        """Find the message's entry, out of the queue, or make one; with the lapses of its claim."""
+        if self.record.removed:
+            raise QueueRemoved(self.name)
+        known = message.entry
         if message.queue_name == self.name and message.id is not None:
-            for entry in work.taken.values():
+            taken = work.acknowledged.values()
+            for place, entry in chain(work.taken.items(), ((None, entry) for _, entry in taken)):
                 if entry.id == message.id and entry.state == DONE:
-                    return entry
-            found = self.record.find(message.id)
-            if found is not None:
-                place, entry = found
-                lane = self.record.lanes[place.lane]
-                if place.position not in lane.claims:
-                    self.record.sweep(place)
-                return entry
+                    return entry, 0 if place is None else self.taking.lapses(place)
+            if not _is_done(known):
+                found = self.record.find(message.id)
+                if found is not None:
+                    place, entry = found
+                    lapses = self.taking.lapses(place)
+                    if place.position not in self.record.all_lanes[place.lane].claims:
+                        self.record.sweep(place)
+                    return entry, lapses
             if self.record.get_quarantine(message.id) is not None:
                 raise MessageTaken(f"message {message.id} is in quarantine already")
-            if message.entry is not None and message.entry._p_jar is not None:
+            if known is not None and (known._p_jar is not None or known.state != DONE):
                 raise MessageTaken(f"another consumer took message {message.id} meanwhile")
         raw = stored_bytes(message)
         entry = Entry(describe(message, raw, time.time_ns()))
         entry.id = entry.position = message.id if message.id is not None else new_id()
-        if message.id is not None and isinstance(message.entry, Entry):
+        if message.id is not None and known is not None:
             # Its taking is committed, and this is what was known of it then.
-            entry = Entry(vars(message.entry))
+            entry = known.copy()
         entry.body = self._body(raw)
-        return entry
+        return entry, 0
 
     def get_quarantined_messages(self) -> Iterator[tuple[Message, ErrorText]]:
         """See :meth:`postoffice.interfaces.IQueue.get_quarantined_messages`."""
@@ -442,16 +520,37 @@ class Queue:
         self.record.pop_quarantine(entry)
         entry.change(DISCARDED, "discarded", "removed", time.time_ns(), self.event_sink)
 
+    def give_back(self, id: int | str) -> bool:
+        """Let a message that is claimed, or deferred, be taken by anybody at once.
+
+        For an administrator who knows that the holder is dead.  A holder that is alive loses the
+        message: only one of it and the next that takes it can commit.
+
+        :return: whether it was claimed or deferred.
+        :raises MessageMissing: it does not wait here.
+        """
+        found = self.record.find(_number(id))
+        if found is None:
+            raise MessageMissing(f"no message {id} waits in queue {self.name!r}")
+        return self.record.give_back(found[0], time.time_ns())
+
+    def give_all_back(self) -> int:
+        """Let whatever is claimed or deferred be taken by anybody at once; return how many were."""
+        now = time.time_ns()
+        places = [place for place, _ in living_claims(self.record, now)]
+        places += self.record.later(now)
+        return sum(self.record.give_back(place, now) for place in dict.fromkeys(places))
+
     def requeue(self, id: int | str) -> None:
         """Put one message from quarantine behind the tail; duplicates and throttles do not matter.
 
         :raises MessageMissing: it is not in quarantine.
         """
-        self._requeue(self._quarantined(id), self._taking.work())
+        self._requeue(self._quarantined(id), self.taking.work())
 
     def requeue_quarantined_messages(self) -> int:
         """See :meth:`postoffice.interfaces.IQueue.requeue_quarantined_messages`."""
-        work = self._taking.work()
+        work = self.taking.work()
         entries = sorted(
             self.record.quarantine_after(), key=lambda found: (found.arrived, found.id)
         )
@@ -461,6 +560,7 @@ class Queue:
 
     def _requeue(self, entry: Entry, work: Work) -> None:
         self.record.pop_quarantine(entry)
+        entry.forgive()
         entry.change(QUEUED, "requeued", "requeued", time.time_ns(), self.event_sink)
         work.added.append((self.record.append(entry), entry))
 
@@ -469,6 +569,15 @@ class Queue:
         if entry is None:
             raise MessageMissing(f"message {id} is not in the quarantine of queue {self.name!r}")
         return entry
+
+
+def _is_done(entry: Entry | None) -> bool:
+    """Tell whether it is certain that what this entry stands for does not wait any more."""
+    try:
+        return entry is not None and entry.state != QUEUED
+    except POSKeyError:
+        # It was taken, and the database packed.
+        return True
 
 
 def _number(id: int | str) -> int:

@@ -10,13 +10,14 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from persistent import Persistent
 
 from postoffice.claims import Claims, holder_is_gone
 from postoffice.depot.entry import DONE, Entry
-from postoffice.depot.lane import Place
+from postoffice.depot.lane import Lane, Place, claim_of
 from postoffice.depot.queue import QueueRecord
 from postoffice.message import Message
 
@@ -33,6 +34,8 @@ class Work:
 
     :ivar added: places and entries that were added and may still be taken.
     :ivar taken: entries that were taken, by place, in order.
+    :ivar acknowledged: claims and entries of claimed messages that were acknowledged or put into
+        quarantine, by place.
     :ivar passed: claims on what turned out to have gone.
     :ivar claimed_to: the position up to which it has claimed what it could, or 0.
     :ivar dry: whether there was nothing more to claim.
@@ -44,6 +47,7 @@ class Work:
         """Begin with nothing done."""
         self.added: list[tuple[Place, Entry]] = []
         self.taken: dict[Place, Entry] = {}
+        self.acknowledged: dict[Place, tuple[Claims, Entry]] = {}
         self.passed: list[Place] = []
         self.claimed_to = 0
         self.dry = False
@@ -55,7 +59,7 @@ class Work:
 
     def forget(self) -> None:
         """Let go of everything: who asks which transaction it was keeps this object."""
-        self.added, self.taken, self.passed = [], {}, []
+        self.added, self.taken, self.acknowledged, self.passed = [], {}, {}, []
         self.stored, self.at_end = [], []
         self._messages, self._last_words = [], []
 
@@ -67,8 +71,7 @@ class Work:
         """Keep what is known of the messages taken: others may sweep the entries out from now."""
         for reference, entry in self._messages:
             if reference() is not None and entry.state == DONE:
-                values = {name: value for name, value in vars(entry).items() if name != "body"}
-                self._last_words.append((reference, Entry(values)))
+                self._last_words.append((reference, entry.copy()))
 
     def hand_out_last_words(self) -> None:
         """Give each message that the application still has the entry as it was."""
@@ -84,12 +87,14 @@ class Taking:
     def __init__(self, record: QueueRecord) -> None:
         """Take from this queue, in its record's connection."""
         self.record = record
+        #: For what is taken within transactions, and given back when these are aborted.
         self.claims: Claims | None = None
+        #: For what the application claimed itself, whatever becomes of its transactions.
+        self.lent: Claims | None = None
         #: The records of the last transaction that was committed.
         self.stored: list[Persistent] = []
         self._connection = record._p_jar
         self._ready: list[Place] = []
-        self._finished: list[Place] = []
         self._claimed_at = 0.0
         self._watches_close = False
         self._batch = 1
@@ -120,15 +125,16 @@ class Taking:
             tell(committed)
         if committed:
             work.hand_out_last_words()
+            for place, (claims, _) in work.acknowledged.items():
+                claims.finish([place])
         if self.claims is not None:
             self._settle_claims(self.claims, committed, work)
         work.forget()
 
     def _settle_claims(self, claims: Claims, committed: bool, work: Work) -> None:
         if committed:
-            claims.held.difference_update(work.taken, work.passed)
-            self._finished.extend(work.taken)
-            self._finished.extend(work.passed)
+            claims.finish(work.taken)
+            claims.finish(work.passed)
         if not committed or not work.taken:
             self.release()
         elif not self._ready:
@@ -142,12 +148,14 @@ class Taking:
 
     def _settle(self, work: Work) -> None:
         """Take note of what a rollback to a savepoint has put back."""
-        back = [place for place in work.passed if self._live(place) is not None]
+        for place in [one for one in work.acknowledged if self.record.live(one) is not None]:
+            del work.acknowledged[place]
+        back = [place for place in work.passed if self.record.live(place) is not None]
         if back:
             work.passed = [place for place in work.passed if place not in back]
         undone = []
         for place, entry in reversed(work.taken.items()):
-            if self.record.lanes[place.lane].live(entry, place.position):
+            if Lane.live(entry, place.position):
                 undone.append((place, entry))
             elif entry._p_jar is not None:
                 break
@@ -160,14 +168,15 @@ class Taking:
         if back:
             self._ready = sorted([*back, *self._ready], key=lambda place: place.position)
 
-    def _live(self, place: Place) -> Entry | None:
-        lane = self.record.lanes[place.lane]
-        entry = lane.get(place)
-        return entry if lane.live(entry, place.position) else None
-
     def _closed(self) -> None:
         self._watches_close = False
         self.release()
+        self.release_lent()
+
+    def _watch_close(self) -> None:
+        if not self._watches_close:
+            self._connection.onCloseCallback(self._closed)
+            self._watches_close = True
 
     def release(self) -> None:
         """Give back at once what this object holds for messages to come.
@@ -177,16 +186,39 @@ class Taking:
         """
         self._ready.clear()
         self._batch = 1
-        if self.claims is not None and self.claims.held:
-            finished, self._finished = self._finished, []
-            try:
-                self.claims.release(finished)
-            except Exception as error:
-                # The abort or close that this follows must go on, in a database that is being
-                # closed, or lost, too.
-                self.claims.abandon()
-                self.claims = None
-                log.warning("queue %r: claims stay until they expire: %r", self.record.name, error)
+        if self.claims is not None and not self._give_back(self.claims):
+            self.claims = None
+
+    def release_lent(self) -> None:
+        """Give back at once what the application claimed itself."""
+        if self.lent is not None and not self._give_back(self.lent):
+            self.lent = None
+
+    def _give_back(self, claims: Claims) -> bool:
+        try:
+            claims.release()
+        except Exception as error:
+            # The abort or close that this follows must go on, in a database that is being
+            # closed, or lost, too.
+            claims.abandon()
+            log.warning("queue %r: claims stay until they expire: %r", self.record.name, error)
+            return False
+        return True
+
+    def lend(self) -> Claims:
+        """Return the claims for what the application claims itself."""
+        if self.lent is None:
+            self.lent = Claims(self._connection, self.record._p_oid)
+            self._watch_close()
+        return self.lent
+
+    def lapses(self, place: Place) -> int:
+        """Return how many holders have been lost with the message at a place in hand."""
+        for claims in (self.claims, self.lent):
+            if claims is not None and place in claims.held:
+                return claims.held[place].lapses
+        row = self.record.all_lanes[place.lane].claims.get(place.position)
+        return 0 if row is None else claim_of(row).lapses
 
     def take(self) -> tuple[Entry, Work] | None:
         """Take the first entry that there is to take; ``None`` when there is none now."""
@@ -211,8 +243,10 @@ class Taking:
     def uncounted(self) -> int:
         """Return how many entries this transaction took that the record still counts."""
         count = 0
-        for place, entry in self.work().taken.items():
-            lane = self.record.lanes[place.lane]
+        work = self.work()
+        acknowledged = ((place, entry) for place, (_, entry) in work.acknowledged.items())
+        for place, entry in chain(work.taken.items(), acknowledged):
+            lane = self.record.all_lanes[place.lane]
             if (
                 not lane.live(entry, place.position)
                 and place.position not in lane.claims
@@ -226,13 +260,13 @@ class Taking:
         self._settle(work)
         while self._ready or self._claim(work):
             place = self._ready[0]
-            entry = self._live(place)
+            entry = self.record.live(place)
             if entry is not None:
                 return place, entry
             # An abort may bring it back, so it is swept after the commit.
             work.passed.append(self._ready.pop(0))
         for place, entry in work.added:
-            if self._live(place) is not None:
+            if self.record.live(place) is not None:
                 return place, entry
         return None
 
@@ -245,23 +279,23 @@ class Taking:
             return False
         if self.claims is None:
             self.claims = Claims(self._connection, self.record._p_oid)
-        if not self._watches_close:
-            self._connection.onCloseCallback(self._closed)
-            self._watches_close = True
-        finished, self._finished = self._finished, []
+        self._watch_close()
         self._claimed_at = time.monotonic()
         if work.claimed_to:
             # A transaction that takes many, which are all held until it ends.
             self._batch = min(self._batch * 2, _MOST_AT_ONCE)
-        lanes = self.record.lanes
+        record = self.record
         self._ready = self.claims.take(
-            self._batch,
-            finished,
-            lambda place: lanes[place.lane].get(place) is not None,
+            record.share(self._batch),
+            lambda place: record.get(place) is not None,
             after=work.claimed_to,
         )
         if self._ready:
-            work.claimed_to = self._ready[-1].position
+            deferred = len(record.lanes)
+            work.claimed_to = max(
+                (place.position for place in self._ready if place.lane != deferred),
+                default=work.claimed_to,
+            )
         else:
             work.dry = True
         return bool(self._ready)
@@ -270,10 +304,12 @@ class Taking:
         """Iterate over what this queue could take, as far as its snapshot knows."""
         now = time.time_ns()
         mine = self.claims.holder if self.claims is not None else None
-        for place, entry in self.record.walk():
-            lane = self.record.lanes[place.lane]
-            claim = lane.claims.get(place.position)
-            if (
-                claim is None or claim[3] <= now or claim[1] == mine or holder_is_gone(claim[1])
-            ) and lane.live(entry, place.position):
+        lanes = self.record.all_lanes
+        for place, entry in self.record.ready(now):
+            row = lanes[place.lane].claims.get(place.position)
+            if row is not None:
+                holder, until = row[1], row[3]
+                if holder and holder != mine and until > now and not holder_is_gone(holder):
+                    continue
+            if Lane.live(entry, place.position):
                 yield entry

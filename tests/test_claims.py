@@ -46,21 +46,17 @@ def test_claims_are_seen_at_once(seat: Seat, mine: Claims) -> None:
     assert mine.take(5) == other.take(5) == []
     assert set(claimed(seat).values()) == {mine.holder, other.holder}
     mine.release()
-    assert mine.held == set()
+    assert mine.held == {}
     assert other.take(1) == all_places[:1]
     other.release()
     other.release()
     assert claimed(seat) == {}
 
 
-def test_an_expired_claim_is_free(
-    seat: Seat, mine: Claims, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A claim is good for LEASE_SECONDS; what another took over is not given back by the first."""
+def test_an_expired_claim_is_free(seat: Seat, mine: Claims) -> None:
+    """A claim is good for its lease; what another took over is not given back by the first."""
     other = Claims(seat.connection, seat.record._p_oid)
-    monkeypatch.setattr(claims, "LEASE_SECONDS", 0)
-    assert len(mine.take(5)) == 3
-    monkeypatch.undo()
+    assert len(mine.take(5, lease=0)) == 3
     assert len(other.take(5)) == 3
     mine.release()
     assert set(claimed(seat).values()) == {other.holder}
@@ -76,8 +72,8 @@ def test_what_has_gone_is_swept(seat: Seat, mine: Claims) -> None:
         assert entry is not None
         entry.state = "done"
     seat.commit()
-    mine.held.discard(first)
-    mine.release([first])
+    mine.finish([first])
+    mine.release()
     assert places(seat) == [third]
     assert claimed(seat) == {}
     assert seat.record.waiting() == 1
@@ -86,7 +82,7 @@ def test_what_has_gone_is_swept(seat: Seat, mine: Claims) -> None:
 def test_only_what_the_caller_knows_of_is_claimed(seat: Seat, mine: Claims) -> None:
     """Messages that the caller's transaction does not see yet are left to others."""
     all_places = places(seat)
-    assert mine.take(5, (), lambda place: place == all_places[1]) == [all_places[1]]
+    assert mine.take(5, lambda place: place == all_places[1]) == [all_places[1]]
 
 
 def holder(
@@ -137,6 +133,6 @@ def test_claiming_at_once_is_retried(depot: Depot) -> None:
         next(rivals, None)
         return True
 
-    (place,) = first.take(1, (), meanwhile)
+    (place,) = first.take(1, meanwhile)
     assert second.held
     assert place not in second.held

@@ -613,12 +613,12 @@ def test_limits_are_those_of_the_program() -> None:
 
 def test_numbers_in_the_text_are_those_of_the_program() -> None:
     """The numbers that the concepts name are those of the program."""
-    from postoffice.claims import LEASE_SECONDS
     from postoffice.depot.lane import LANES, SEGMENT_SIZE
+    from postoffice.depot.policy import Policy
     from postoffice.queue import BLOB_SIZE
 
     text = " ".join(page_text("concepts").split())
-    assert f"A claim lasts {LEASE_SECONDS} seconds." in text
+    assert f"A claim lasts {Policy().lease:.0f} seconds" in text
     assert LANES == 4
     assert "four lanes" in text
     assert f"segments of {SEGMENT_SIZE} entries at most" in text

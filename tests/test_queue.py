@@ -25,8 +25,8 @@ from ZODB.POSException import ConflictError
 from zope.interface import implementer
 from zope.interface.verify import verifyClass, verifyObject
 
-from postoffice import claims
 from postoffice.depot.folder import make_folder
+from postoffice.depot.policy import Policy
 from postoffice.exceptions import FolderMissing, MessageMissing, MessageTaken, QueueMissing
 from postoffice.interfaces import Event, IEventSink, IQueue
 from postoffice.message import Envelope, Message
@@ -157,12 +157,11 @@ def test_a_failed_commit_gives_back_too(one: Seat, two: Seat) -> None:
 
 
 @pytest.mark.parametrize("order", ["one two", "two one"])
-def test_an_expired_lease_is_taken_over_once(
-    one: Seat, two: Seat, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expired_lease_is_taken_over_once(one: Seat, two: Seat, order: str) -> None:
     """Of two holders of one expired lease, the first to commit has it; the other conflicts."""
     one.add("a")
-    monkeypatch.setattr(claims, "LEASE_SECONDS", 0)
+    one.record.set_policy(Policy(lease=0))
+    one.commit()
     one.begin()
     two.begin()
     assert [take(one), take(two)] == ["a", "a"]
@@ -182,9 +181,8 @@ def test_a_holder_that_is_gone_holds_nothing(depot: Depot, one: Seat) -> None:
     lost.commit()
     assert queue.pop_next()["Subject"] == "b"
     # As after a crash: nobody gave anything back.
-    assert queue._taking.claims is not None
-    claims._living.pop(queue._taking.claims.holder)
-    queue._taking.claims.held.clear()
+    assert queue.taking.claims is not None
+    queue.taking.claims.abandon()
     assert look(one) == (["b", "c"], [])
     one.begin()
     assert [take(one), take(one)] == ["b", "c"]

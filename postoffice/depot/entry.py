@@ -80,8 +80,10 @@ class Entry(Persistent):
     :ivar marks: values of ``X-Postoffice-Rejected``.
     :ivar state: :data:`QUEUED`, :data:`QUARANTINED`, :data:`DONE` or :data:`DISCARDED`.
     :ivar changed: when the state last changed, in nanoseconds since the epoch.
-    :ivar not_before: reserved for messages that are deferred; nothing sets or reads it yet.
+    :ivar not_before: when a message that was deferred is due, in nanoseconds since the epoch; 0
+        for one that never was, or was requeued since.
     :ivar attempts: how often an application took it and failed.
+    :ivar forgiven: how many of these attempts a requeue has forgiven.
     :ivar last_error: the texts of the last error, or ``None``.
     :ivar archive: where the original is, relative to the archive's folder, or ``""``.
     :ivar extra: whatever a later release keeps here, or ``None``.
@@ -109,6 +111,7 @@ class Entry(Persistent):
     changed = 0
     not_before = 0
     attempts = 0
+    forgiven = 0
     last_error: tuple[str, ...] | None = None
     archive = ""
     oversize = False
@@ -134,6 +137,15 @@ class Entry(Persistent):
         self.__dict__.update((name, value) for name, value in found if value is not None)
         self.__dict__.update(others or {})
 
+    def copy(self) -> Entry:
+        """Return one of the same values that is in no database and has no body."""
+        return Entry({name: value for name, value in self.values().items() if name != "body"})
+
+    def values(self) -> dict[str, Any]:
+        """Return the values that differ from those of every entry, by their names."""
+        self._p_activate()
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def change(
         self, state: str, kind: str, reason: str, now_ns: int, sink: IEventSink | None
     ) -> None:
@@ -157,10 +169,15 @@ class Entry(Persistent):
             for rule, filter, answer in (line.split("\t") for line in self.trail.splitlines())
         ]
 
-    def fail(self, error: ErrorText) -> None:
-        """Count a failed attempt and keep its error."""
-        self.attempts += 1
+    def fail(self, error: ErrorText, attempts: int = 1) -> None:
+        """Count failed attempts and keep the error of the last."""
+        self.attempts += attempts
         self.last_error = tuple(error)
+
+    def forgive(self) -> None:
+        """Let the attempts so far not count against it any more."""
+        self.forgiven = self.attempts
+        self.not_before = 0
 
     def read_raw(self) -> bytes:
         """Return the bytes that are stored.

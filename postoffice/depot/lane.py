@@ -16,7 +16,7 @@ goes, so that BTrees can merge what several processes do to it at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from BTrees.Length import Length
 from BTrees.LOBTree import LOBTree
@@ -25,13 +25,24 @@ from ZODB.POSException import ConflictError
 
 from postoffice.depot.entry import QUEUED, Entry
 
-__all__ = ["LANES", "SEGMENT_SIZE", "Claim", "Lane", "Place"]
+__all__ = [
+    "FIRST",
+    "LANES",
+    "SEGMENT_SIZE",
+    "SENTINEL",
+    "Claim",
+    "Lane",
+    "Place",
+    "claim_of",
+    "new_tree",
+]
 
 LANES = 4
 SEGMENT_SIZE = 50
 
-_SENTINEL = 0
-_FIRST = 1
+#: The key that every tree keeps, and the first of those that mean something.
+SENTINEL = 0
+FIRST = 1
 
 
 class Place(NamedTuple):
@@ -46,18 +57,29 @@ class Claim(NamedTuple):
     """Who may work on a position, and for how long.
 
     :ivar segment: key of the segment that the position is in.
-    :ivar holder: see :mod:`postoffice.claims`.
+    :ivar holder: see :mod:`postoffice.claims`; ``""`` when nobody holds it any more, and only
+        `lapses` is left to tell.
     :ivar since: nanoseconds since the epoch; likewise `until`.
+    :ivar lapses: how many holders have died, or let their time run out, with this message in hand.
+    :ivar turn: the place among those that were claimed at once, which is the order of the work.
     """
 
     segment: int
     holder: str
     since: int
     until: int
+    lapses: int = 0
+    turn: int = 0
 
 
-def _new_tree() -> LOBTree:
-    return LOBTree({_SENTINEL: None})
+def claim_of(row: tuple[Any, ...]) -> Claim:
+    """Return the claim that a row of a lane's claims stands for; early ones have four values."""
+    return Claim._make((*row, 0, 0)[:6])
+
+
+def new_tree() -> LOBTree:
+    """Return a tree with the sentinel alone."""
+    return LOBTree({SENTINEL: None})
 
 
 class Lane(Persistent):
@@ -71,8 +93,8 @@ class Lane(Persistent):
 
     def __init__(self) -> None:
         """Make an empty lane."""
-        self.segments = _new_tree()
-        self.claims = _new_tree()
+        self.segments = new_tree()
+        self.claims = new_tree()
         self.length = Length()
 
     def add(self, position: int, entry: Entry) -> int:
@@ -81,7 +103,7 @@ class Lane(Persistent):
         key = int(segments.maxKey())
         segment: LOBTree | None = segments[key]
         if segment is None or len(segment) > SEGMENT_SIZE:
-            segment = _new_tree()
+            segment = new_tree()
             segments[position] = segment
             key = position
         if not segment.insert(position, entry):
@@ -100,24 +122,26 @@ class Lane(Persistent):
         """Return the key of the segment that holds a position, or ``None``.
 
         A producer that did not see a newer segment yet adds to an older one, so the segment that
-        begins last before the position is only the most likely one.
+        begins last before the position is only the most likely one; those around it come next.
         """
         segments = self.segments
         # There is not even the sentinel in a lane that was closed.
-        key = segments.maxKey(position) if position > _SENTINEL and segments else _SENTINEL
-        if key and position in segments[key]:
-            return int(key)
-        for other in segments.keys(_FIRST):
+        key = segments.maxKey(position) if position > SENTINEL and segments else SENTINEL
+        while key:
+            if position in segments[key]:
+                return int(key)
+            key = segments.maxKey(key - 1)
+        for other in segments.keys(max(position, FIRST), excludemin=position >= FIRST):
             if position in segments[other]:
                 return int(other)
         return None
 
-    def walk(self, after: int = _SENTINEL) -> Iterator[tuple[int, int, Entry]]:
+    def walk(self, after: int = SENTINEL) -> Iterator[tuple[int, int, Entry]]:
         """Iterate over segment, position and entry from the head, or behind a position."""
         segments = self.segments
-        start = _FIRST
+        start = FIRST
         if after and segments:
-            start = segments.maxKey(after) or _FIRST
+            start = segments.maxKey(after) or FIRST
         for key, segment in segments.items(start):
             for position, entry in segment.items(after + 1):
                 yield key, position, entry
@@ -150,14 +174,14 @@ class Lane(Persistent):
     def drop_drained_head(self) -> None:
         """Unlink drained segments at the head that were the last ones when they were drained."""
         segments = self.segments
-        last = segments.maxKey() if segments else _SENTINEL
-        while last and (key := segments.minKey(_FIRST)) != last and len(segments[key]) == 1:
+        last = segments.maxKey() if segments else SENTINEL
+        while last and (key := segments.minKey(FIRST)) != last and len(segments[key]) == 1:
             self.drop_drained(key)
 
     def gone(self) -> int:
         """Return how many entries are still in segments though they have left the queue."""
         count = 0
-        for position, claim in self.claims.items(_FIRST):
+        for position, claim in self.claims.items(FIRST):
             entry = self.get(Place(0, claim[0], position))
             if entry is not None and not self.live(entry, position):
                 count += 1
@@ -170,7 +194,7 @@ class Lane(Persistent):
 
     def close(self) -> None:
         """Empty the lane for good: an addition that does not know of it yet is a conflict."""
-        for segment in self.segments.values(_FIRST):
+        for segment in self.segments.values(FIRST):
             segment.clear()
         self.segments.clear()
         self.claims.clear()

@@ -39,6 +39,9 @@ class DatabaseMissing(DepotUnavailable):
 def open_database(uri: str) -> DB:
     """Open the database that a zodburi URI names.
 
+    While it is open, its server may go away and come back: what is under way then fails with a
+    :exc:`transaction.interfaces.TransientError`, whatever the storage.
+
     :raises DepotUnavailable: it is locked, unreachable or unreadable; the text says what and,
         for a locked file, which process holds it and how to let several processes in.
     """
@@ -80,6 +83,10 @@ def _open(uri: str, shown: str) -> DB:
     storage = None
     try:
         storage = storage_factory()
+        if type(storage).__module__.startswith("relstorage."):
+            from postoffice.relational import make_outages_transient
+
+            make_outages_transient(storage)
         return DB(storage, **options)
     except zc.lockfile.LockError as error:
         found = _LOCKED.search(str(error))

@@ -14,6 +14,7 @@ from transaction.interfaces import TransientError
 
 __all__ = [
     "ConfigurationError",
+    "DepotDisconnected",
     "DepotError",
     "DepotFormatError",
     "DepotUnavailable",
@@ -92,6 +93,10 @@ class DepotError(PostofficeError):
 
 class DepotUnavailable(DepotError, TemporaryError):
     """The database cannot be reached, is locked by another process, or cannot be written."""
+
+
+class DepotDisconnected(DepotUnavailable, TransientError):
+    """The database went away meanwhile; run the transaction again."""
 
 
 class DepotFormatError(DepotError, PermanentError):

@@ -33,7 +33,8 @@ LAYERS = (
     ("filters", "loops", "bounces", "fingerprints"),
     ("routing",),
     ("depot",),
-    ("claims", "database", "description", "outbound"),
+    ("claims", "relational", "description", "outbound"),
+    ("database",),
     ("taking", "claimed"),
     ("histories",),
     ("queue", "config"),
@@ -55,7 +56,8 @@ NARROWED = {
         "taking",
     },
     "claims": {"depot"},
-    "database": {"display", "exceptions"},
+    "database": {"display", "exceptions", "relational"},
+    "relational": {"display", "exceptions"},
     "postfix": {"exceptions"},
 }
 

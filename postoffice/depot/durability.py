@@ -57,7 +57,7 @@ class BlobDurability:
         """Watch over new blobs of this connection."""
         self.transaction_manager = connection.transaction_manager
         self._storage = connection.db().storage
-        self._helper = getattr(self._storage, "fshelper", None)
+        self._helper = _blob_files(self._storage)
         self._blobs: list[Blob] = []
         self._made: dict[str, int] = {}
 
@@ -121,6 +121,15 @@ class BlobDurability:
         self._blobs.clear()
 
     abort = tpc_abort
+
+
+def _blob_files(storage: Any) -> Any:
+    """Return what knows the files of blobs, where they are in a folder of this machine."""
+    relational = getattr(storage, "blobhelper", None)
+    if relational is not None:
+        # RelStorage keeps blobs in the database, and its folder is a cache, unless it is shared.
+        return relational.fshelper if relational.shared_blob_helper else None
+    return getattr(storage, "fshelper", None)
 
 
 def _sync_file(path: str) -> None:

@@ -127,8 +127,10 @@ def _blob_files(storage: Any) -> Any:
     """Return what knows the files of blobs, where they are in a folder of this machine."""
     relational = getattr(storage, "blobhelper", None)
     if relational is not None:
+        from relstorage.blobhelper.shared import SharedBlobHelper
+
         # RelStorage keeps blobs in the database, and its folder is a cache, unless it is shared.
-        return relational.fshelper if relational.shared_blob_helper else None
+        return relational.fshelper if isinstance(relational, SharedBlobHelper) else None
     return getattr(storage, "fshelper", None)
 
 

@@ -22,7 +22,7 @@ _METHODS = (
     *("load", "loadBefore", "loadSerial", "loadBlob", "openCommittedBlobFile", "prefetch"),
     *("store", "storeBlob", "new_oid", "checkCurrentSerialInTransaction", "readCurrent"),
     *("tpc_begin", "tpc_vote", "tpc_finish", "tpc_abort"),
-    *("sync", "poll_invalidations", "afterCompletion", "new_instance", "lastTransaction"),
+    *("sync", "afterCompletion", "new_instance", "lastTransaction"),
 )
 
 
@@ -74,6 +74,17 @@ class _Translated:
 
 class TransientRelStorage(RelStorage):  # type: ignore[misc]  # RelStorage has no types
     """A RelStorage whose outages are transient errors; so are those of its instances."""
+
+    def poll_invalidations(self) -> Any:
+        """Return what has changed; without a server ``None``: whatever is cached may have.
+
+        A transaction begins, and one that failed is aborted, without the server, as with ZEO.
+        The first object that is read then is read from the server, or the reading fails.
+        """
+        try:
+            return super().poll_invalidations()
+        except self._adapter.driver.disconnected_exceptions:
+            return None
 
 
 for _name in _METHODS:

@@ -18,7 +18,7 @@ import email.message
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
 from types import TracebackType
@@ -112,7 +112,8 @@ def open_queue(
     connection = None
     try:
         connection = (opened or db_or_uri).open(transaction_manager)
-        queue = find_queue(connection.root(), queue_name, path)
+        with _transaction(connection.transaction_manager):
+            queue = find_queue(connection.root(), queue_name, path)
         return ClosingPair((queue, _Closer(connection, opened)))
     except BaseException:
         if connection is not None:
@@ -120,6 +121,22 @@ def open_queue(
         if opened is not None:
             opened.close()
         raise
+
+
+@contextmanager
+def _transaction(manager: Any) -> Iterator[None]:
+    """Be in a transaction: the present one, or where there is none, one that is aborted."""
+    try:
+        manager.get()
+    except NoTransaction:
+        # An explicit manager is between two.
+        manager.begin()
+        try:
+            yield
+        finally:
+            manager.abort()
+    else:
+        yield
 
 
 def _close(connection: Any) -> None:

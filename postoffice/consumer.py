@@ -45,7 +45,7 @@ from ZODB.POSException import ConflictError, POSError, POSKeyError
 from postoffice.claimed import ClaimedMessage
 from postoffice.depot.policy import Policy
 from postoffice.display import one_line, printable
-from postoffice.exceptions import MessageTaken, PermanentError, QueueRemoved
+from postoffice.exceptions import HandlerError, MessageTaken, PermanentError, QueueRemoved
 from postoffice.message import Message
 from postoffice.queue import Queue, open_queue
 
@@ -113,6 +113,7 @@ def consume(
     :return: what was done.
     :raises postoffice.exceptions.DepotUnavailable: the database cannot be opened now.
     :raises postoffice.exceptions.QueueMissing: there is no such queue, or it was removed.
+    :raises postoffice.exceptions.HandlerError: the handler cannot be called with a message.
     """
     with _consumer(
         db_or_uri, queue_name, handler, path, transaction_manager, max_attempts, retry_delay, lease
@@ -161,6 +162,22 @@ def _consumer(
         yield _Consumer(queue, manager, handler, given)
 
 
+def _takes_connection(handler: Handler) -> bool:
+    """Tell whether a handler has a parameter for the connection.
+
+    :raises HandlerError: it cannot be called with a message.
+    """
+    if not callable(handler):
+        raise HandlerError(f"{handler!r} cannot be called")
+    if inspect.iscoroutinefunction(handler):
+        raise HandlerError(_NOT_AWAITED)
+    try:
+        return "connection" in inspect.signature(handler).parameters
+    except ValueError:
+        # Functions written in C need not tell.
+        return False
+
+
 class _Consumer:
     """One run of the loop."""
 
@@ -171,7 +188,7 @@ class _Consumer:
         self._given = given
         self._policy = Policy()
         self._connection = queue.record._p_jar
-        self._takes_connection = "connection" in inspect.signature(handler).parameters
+        self._takes_connection = _takes_connection(handler)
         self._counts = Counts()
         self._signalled = False
         self._batch = 1
@@ -320,9 +337,12 @@ class _Consumer:
 
     def _call(self, held: ClaimedMessage) -> None:
         if self._takes_connection:
-            self._handler(held.message, connection=self._connection)
+            returned = self._handler(held.message, connection=self._connection)
         else:
-            self._handler(held.message)
+            returned = self._handler(held.message)
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise HandlerError(_NOT_AWAITED)
 
     def _is_ours_still(
         self, held: ClaimedMessage, error: Exception, stopped: Callable[[], bool]
@@ -418,6 +438,7 @@ class _Consumer:
             log.debug("queue %r: abort failed: %r", self._queue.name, error)
 
 
+_NOT_AWAITED = "the handler is a coroutine function; give a plain one, which may call asyncio.run"
 _NOBODY_TOLD = "the processes that had it in hand ended, or did not finish in time"
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "DepotFormatError",
     "DepotUnavailable",
     "FolderMissing",
+    "HandlerError",
     "LimitExceeded",
     "MatchTimeout",
     "MessageMissing",
@@ -143,6 +144,12 @@ class MessageMissing(_Named, ValueError):
 
     Also a :exc:`ValueError`, which repoze.postoffice raised in ``remove_from_quarantine``.
     """
+
+
+class HandlerError(PermanentError, TypeError):
+    """What is to handle messages is nothing that can be called with a message."""
+
+    exit_status = EX_USAGE
 
 
 class MessageTaken(DepotError, TemporaryError, TransientError):

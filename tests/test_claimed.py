@@ -243,7 +243,7 @@ def test_quarantine_joins_the_transaction(one: Seat, two: Seat) -> None:
 
 
 def test_the_queue_can_quarantine_it_too(one: Seat, two: Seat) -> None:
-    """quarantine of the queue takes a claimed message, its claim or not."""
+    """The quarantine method of the queue takes a claimed message, its claim or not."""
     one.add("a", "b")
     held = claimed(one)
     one.queue.quarantine(held.message, "bad")

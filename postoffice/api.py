@@ -138,6 +138,8 @@ class PostOffice:
             made = [name for name in wanted if name not in folder.queues]
             for name in made:
                 folder.make(name)
+            for name in wanted:
+                folder.get(name).set_policy(self.settings.policies[name])
             for name in folder.names():
                 if name not in wanted:
                     self.log.warning(
@@ -151,6 +153,23 @@ class PostOffice:
         for name in made:
             self.log.info("queue %r is new", name)
         return made
+
+    def apply_policy(self, name: str) -> None:
+        """Write what the configuration says of a queue's failures and claims into the depot.
+
+        Those find it there who do not read the configuration.  Each import does so, too.
+
+        :raises postoffice.exceptions.FolderMissing: the depot was not made yet.
+        :raises postoffice.exceptions.QueueMissing: there is no such queue.
+        """
+        policy = self.settings.policies.get(name)
+
+        def work(connection: Any) -> None:
+            record = self.folder(connection).get(name)
+            if policy is not None:
+                record.set_policy(policy)
+
+        self._committed(work)
 
     def _committed(self, work: Callable[[Any], Any]) -> Any:
         for attempt in range(_ATTEMPTS):

@@ -9,19 +9,23 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from persistent.mapping import PersistentMapping
+from transaction.interfaces import TransientError
 from ZODB.FileStorage import FileStorage
 
 from postoffice.api import PostOffice
 from postoffice.cli.output import age, local_time, size
 from postoffice.intake.archive import Failure
 from postoffice.queue import open_queue
+from tests.depots import QUEUE, Depot, zeo_depot
 from tests.sites import HOSTILE, QUEUES, URI, Site, mail
 
 MAILS = Path(__file__).parent / "mail"
@@ -444,6 +448,7 @@ def test_queues(site: Site) -> None:
         "name": "billing",
         "waiting": 2,
         "held": 0,
+        "deferred": 0,
         "quarantined": 1,
         "oldest": "2025-06-15T15:06:42.000+00:00",
         "configured": True,
@@ -599,6 +604,132 @@ def test_show_of_no_message(site: Site, id: str) -> None:
     assert (result.exit_code, result.stdout) == (69, "")
     assert result.stderr.count("\n") == 1
     assert not CONTROLS.search(result.stderr)
+
+
+# -- claims ----------------------------------------------------------------------------------------
+
+HERE = f"{socket.gethostname()} {os.getpid()}"
+
+
+@pytest.fixture
+def shared(site: Site, tmp_path: Path) -> Iterator[Depot]:
+    """The site's depot, behind a ZEO server, with three messages that wait."""
+    with zeo_depot(tmp_path) as depot:
+        site.configure(
+            main=f"[post office]\nzodb_uri = {depot.uri}\nmaildir = %(here)s/Maildir\n",
+            queues=f"[queue:{QUEUE}]\nfilters = header_regexp: To:\n",
+        )
+        depot.seat().add("one", "two", "three")
+        yield depot
+
+
+def test_messages_tell_who_holds_them(site: Site, shared: Depot) -> None:
+    """A message that a consumer holds has its machine, its process and its lease beside it."""
+    seat = shared.seat()
+    (claimed,) = seat.queue.claim(lease=900)
+    lines = site.done("messages", QUEUE).splitlines()
+    assert [HERE in line for line in lines] == [False, True, False, False]
+    assert lines[1].endswith(f"  held by {HERE}")
+    one, two, _ = site.json("messages", QUEUE)["messages"]
+    assert (one["claim"]["host"], one["claim"]["pid"]) == (socket.gethostname(), os.getpid())
+    lease = datetime.fromisoformat(one["claim"]["until"]) - datetime.fromisoformat(
+        one["claim"]["since"]
+    )
+    assert lease == timedelta(seconds=900)
+    assert (two["claim"], two["not_before"], two["attempts"]) == (None, None, 0)
+    assert [row["held"] for row in site.json("queues")] == [1]
+    assert f"held by:     {HERE} since " in site.done("show", QUEUE, str(claimed.id))
+    assert site.json("show", QUEUE, str(claimed.id))["claim"] == one["claim"]
+    claimed.release()
+    assert HERE not in site.done("messages", QUEUE)
+    assert "held by" not in site.done("show", QUEUE, str(claimed.id))
+
+
+def test_messages_tell_when_they_are_due(site: Site, shared: Depot) -> None:
+    """A deferred message has when it is due, its failed attempts and the last error beside it."""
+    (claimed,) = shared.seat().queue.claim()
+    claimed.defer(200, ValueError(HOSTILE))
+    output = site.done("messages", QUEUE)
+    assert not CONTROLS.search(output)
+    assert output.count("  deferred, due in 3 min, 1 failed attempt\n") == 1
+    (deferred,) = [one for one in site.json("messages", QUEUE)["messages"] if one["not_before"]]
+    assert (deferred["subject"], deferred["state"]) == ("one", "queued")
+    assert (deferred["claim"], deferred["attempts"]) == (None, 1)
+    assert deferred["error"] == {"type": "ValueError", "message": HOSTILE}
+    (row,) = site.json("queues")
+    assert (row["waiting"], row["held"], row["deferred"]) == (3, 0, 1)
+    shown = site.done("show", QUEUE, str(claimed.id))
+    assert not CONTROLS.search(shown)
+    assert "deferred:    due 2" in shown
+    assert "attempts:    1 failed" in shown
+    assert "last error:  ValueError: " in shown
+
+
+def test_release_of_deferred_messages(site: Site, shared: Depot) -> None:
+    """Deferred messages can be taken at once, the named ones or all, and nobody is asked."""
+    seat = shared.seat()
+    ids = []
+    for claimed in seat.queue.claim(3):
+        claimed.defer(3600)
+        ids.append(str(claimed.id))
+    seat.begin()
+    assert not seat.queue
+    assert site.done("release", QUEUE, ids[1]) == f"1 message released in {QUEUE}\n"
+    seat.begin()
+    assert seat.queue.pop_next()["Subject"] == "two"
+    seat.commit()
+    seat.queue.release()
+    assert site.done("release", QUEUE, "--all") == f"2 messages released in {QUEUE}\n"
+    seat.begin()
+    assert {seat.queue.pop_next()["Subject"] for _ in range(2)} == {"one", "three"}
+
+
+def test_release_of_held_messages_asks(site: Site, shared: Depot) -> None:
+    """What a process of this machine holds is released after a yes, and not after a no."""
+    holder, other = shared.seat(), shared.seat()
+    (held,) = holder.queue.claim()
+    for answer in ("n\n", ""):
+        result = site.run("release", QUEUE, str(held.id), input=answer)
+        assert result.exit_code == 1
+        assert f"held by process {os.getpid()} of this machine" in result.stderr
+        assert "nothing was " in result.stderr
+    other.begin()
+    assert other.queue.peek()["Subject"] == "two"
+    assert site.run("release", QUEUE, "--all", input="y\n").exit_code == 0
+    other.begin()
+    assert other.queue.peek()["Subject"] == "one"
+
+
+def test_release_without_asking(site: Site, shared: Depot) -> None:
+    """With --yes nobody is asked; and only one of two that worked on a message commits."""
+    holder, other = shared.seat(), shared.seat()
+    holder.begin()
+    (held,) = holder.queue.claim()
+    assert site.done("release", QUEUE, "--yes", str(held.id)).startswith("1 message released")
+    other.begin()
+    assert other.queue.pop_next().id == held.id
+    other.commit()
+
+    def finish() -> None:
+        held.ack()
+        holder.commit()
+
+    with pytest.raises(TransientError):
+        finish()
+    holder.abort()
+
+
+def test_release_of_what_is_not_there(site: Site, shared: Depot) -> None:
+    """If one of the messages does not wait, none is released; ids or --all have to be given."""
+    (deferred,) = shared.seat().queue.claim()
+    deferred.defer(3600)
+    result = site.run("release", QUEUE, str(deferred.id), "17")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (69, "", 1)
+    assert [row["deferred"] for row in site.json("queues")] == [1]
+    for arguments in ([], [str(deferred.id), "--all"]):
+        result = site.run("release", QUEUE, *arguments)
+        assert result.exit_code == 2
+        assert "either the ids of messages, or --all" in result.stderr
 
 
 # -- quarantine ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from paste.deploy.loadwsgi import ConfigLoader
 
 from postoffice.config import IN_MAILDIR, Settings, find, load, set_up_logging
 from postoffice.config.database_uri import uri_fault
+from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
 from postoffice.loops import LoopRule
@@ -60,6 +61,10 @@ class Folder:
         assert error.fault
         assert error.mend
         return error
+
+    def policy(self, *lines: str) -> Policy:
+        """Read a file with a queue that has these lines, and return its policy."""
+        return self.load(MAIN + QUEUE + "".join(f"{line}\n" for line in lines)).policies["one"]
 
     def main_fault(self, *lines: str) -> ConfigurationError:
         """Return the error that these lines in the main section make."""
@@ -107,8 +112,9 @@ def test_the_sample_passes_in_an_empty_folder(folder: Folder) -> None:
 def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> None:
     """The options that the sample shows in comments are right as well."""
     text = SAMPLE.read_text(encoding="utf-8")
-    options = ("archive =", "archive_keep =", "reject_filters =", "    header_regexp:")
-    for option in (*options, "    to_hostname: .lists"):
+    options = ["archive =", "archive_keep =", "reject_filters =", "    header_regexp:"]
+    options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
+    for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
     settings = folder.load(text)
@@ -116,6 +122,7 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2
+    assert settings.policies == {"support": Policy(), "Customer A": Policy()}
 
 
 OF_REPOZE_POSTOFFICE = r"""
@@ -838,6 +845,75 @@ def test_other_slips_are_warned_of(folder: Folder) -> None:
     assert "no expression" in folder.queue("header_regexp_file: empty.txt").warnings[0]
 
 
+# -- policies --------------------------------------------------------------------------------------
+
+
+def test_the_policy_of_a_queue(folder: Folder) -> None:
+    """Each queue has its own number of attempts, delay and lease; the default is 5, 60 s, 300 s."""
+    two = QUEUE.replace("one", "two") + "max_attempts = 3\nRetry_Delay = 5m # long\nlease = 2h\n"
+    policies = folder.load(MAIN + QUEUE + two).policies
+    assert policies == {"one": Policy(5, 60.0, 300.0), "two": Policy(3, 300.0, 7200.0)}
+
+
+def test_a_policy_for_all_queues(folder: Folder) -> None:
+    """What [DEFAULT] says holds for each queue that does not say otherwise."""
+    text = "[DEFAULT]\nmax_attempts = 2\nlease = 9\n" + MAIN + QUEUE + "lease = 10\n"
+    assert folder.load(text).policies == {"one": Policy(2, 60.0, 10.0)}
+
+
+@pytest.mark.parametrize(
+    ("line", "policy"),
+    [
+        ("max_attempts = 1", Policy(max_attempts=1)),
+        ("max_attempts = 1000", Policy(max_attempts=1000)),
+        ("max_attempts = 0005 ; so many", Policy(max_attempts=5)),
+        ("retry_delay = 0", Policy(retry_delay=0.0)),
+        ("retry_delay = 52w", Policy(retry_delay=52 * 604800.0)),
+        ("lease = 1", Policy(lease=1.0)),
+        ("lease = 7d", Policy(lease=604800.0)),
+    ],
+)
+def test_policies_that_are_right(folder: Folder, line: str, policy: Policy) -> None:
+    """From 1 to 1,000 attempts, any delay and any lease of at least a second are taken."""
+    assert folder.policy(line) == policy
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "mend"),
+    [
+        ("max_attempts", "0", "write a number from 1 to 1000"),
+        ("max_attempts", "1001", "write a number from 1 to 1000"),
+        ("max_attempts", "-1", "write a number from 1 to 1000"),
+        ("max_attempts", "2.5", "write a number from 1 to 1000"),
+        ("max_attempts", "٣", "write a number from 1 to 1000"),
+        ("max_attempts", "9" * 5000, "write a number from 1 to 1000"),
+        ("max_attempts", "", "write one, or leave the option out"),
+        ("max_attempts", "# none", "write one, or leave the option out"),
+        ("retry_delay", "soon", "write seconds, or 5m, 2h, 7d, 4w"),
+        ("retry_delay", "-60", "write seconds, or 5m, 2h, 7d, 4w"),
+        ("retry_delay", "0.5", "write seconds, or 5m, 2h, 7d, 4w"),
+        ("retry_delay", "53w", "write 52w or less"),
+        ("retry_delay", "999999999999w", "write 52w or less"),
+        ("lease", "0", "write 1s or more"),
+        ("lease", "53w", "write 52w or less"),
+        ("lease", "5 minutes", "write seconds, or 5m, 2h, 7d, 4w"),
+        ("lease", "5m\n  10m", "remove it"),
+    ],
+)
+def test_policies_that_are_wrong(folder: Folder, option: str, value: str, mend: str) -> None:
+    """What is no number of attempts, delay or lease is told with the section and the mend."""
+    error = folder.fault(MAIN + QUEUE + f"{option} = {value}\n")
+    assert (error.section, error.option, error.mend) == ("queue:one", option, mend)
+    assert len(str(error)) < 6000
+
+
+def test_a_misspelt_policy_is_an_error(folder: Folder) -> None:
+    """An option that a queue does not have is told with the one that was meant."""
+    error = folder.fault(MAIN + QUEUE + "max_attempt = 5\n")
+    assert "did you mean 'max_attempts'?" in error.mend
+    assert folder.fault(MAIN + "lease = 5\n" + QUEUE).section == "post office"
+
+
 # -- the fingerprint -------------------------------------------------------------------------------
 
 
@@ -864,6 +940,7 @@ def test_the_fingerprint_stays_otherwise(folder: Folder) -> None:
     assert folder.main("# x", "", "MAX_Message_Size: 1024 # y").fingerprint == first
     text = "[app:main]\nx = y\n" + MAIN + "max_message_size = 1KB\n" + QUEUE
     assert folder.load(text).fingerprint == first
+    assert folder.load(text + "max_attempts = 9\nlease = 1m\n").fingerprint == first
     assert len(first) == 64
 
 

@@ -1,4 +1,4 @@
-"""The consumer's loop: done, tried again, deferred, quarantined, stopped, and outliving a server."""
+"""The consumer: done, tried again, deferred, quarantined, stopped, and outliving a server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,18 @@ from postoffice.depot.policy import Policy
 from postoffice.exceptions import HandlerError
 from postoffice.message import Message
 from postoffice.queue import BLOB_SIZE
-from tests.depots import QUEUE, Depot, Seat, depot, local_depot, mail, one, seat, subjects, zeo_depot
+from tests.depots import (
+    QUEUE,
+    Depot,
+    Seat,
+    depot,
+    local_depot,
+    mail,
+    one,
+    seat,
+    subjects,
+    zeo_depot,
+)
 from tests.zeo_server import ZeoServer
 
 __all__ = ["depot", "local_depot", "one", "seat"]
@@ -59,7 +70,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def test_each_message_has_its_transaction(depot: Depot, one: Seat) -> None:
-    """The handler's work and the message's leaving commit together, message by message, in order."""
+    """The handler's work and the message's leaving commit together, one by one, in order."""
     one.add(*"abcde")
     one.connection.root()["done"] = PersistentMapping()
     one.commit()
@@ -72,7 +83,7 @@ def test_each_message_has_its_transaction(depot: Depot, one: Seat) -> None:
 
     assert drain(depot.seat().database, QUEUE, handle) == Counts(done=5)
     one.begin()
-    assert dict(one.connection.root()["done"]) == {name: place for place, name in enumerate("abcde")}
+    assert dict(one.connection.root()["done"]) == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
     assert len(set(serials)) == 5
     assert left(one) == []
     assert one.queue.claims() == []

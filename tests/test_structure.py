@@ -26,7 +26,7 @@ PACKAGE = ROOT / "postoffice"
 # its own line and of the lines above it.
 LAYERS = (
     ("exceptions", "interfaces", "display"),
-    ("expressions", "charsets", "postfix"),
+    ("expressions", "charsets", "postfix", "workers"),
     ("encoded_words", "addresses", "parameters"),
     ("headers", "mime"),
     ("message",),
@@ -59,6 +59,7 @@ NARROWED = {
     "database": {"display", "exceptions", "relational"},
     "relational": {"display", "exceptions"},
     "postfix": {"exceptions"},
+    "workers": {"display", "exceptions"},
 }
 
 # These take values and return values: nothing of them touches the database.

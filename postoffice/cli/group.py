@@ -30,6 +30,8 @@ _MODULES = {
     "show": "messages",
     "requeue": "quarantine",
     "discard": "quarantine",
+    "release": "releasing",
+    "consume": "consuming",
     "debug": "debugging",
 }
 _EX_INTERRUPTED = 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 from postoffice.cli.invocation import Invocation, pass_invocation, shared_options
 from postoffice.cli.output import (
     Column,
+    age,
     complain,
     count,
     iso_time,
@@ -26,6 +28,7 @@ from postoffice.cli.trail import print_trail
 if TYPE_CHECKING:
     from postoffice.api import PostOffice
     from postoffice.depot.entry import Entry
+    from postoffice.interfaces import ClaimStatus
     from postoffice.message import Message
 
 __all__ = ["messages_command", "show_command"]
@@ -37,7 +40,7 @@ _COLUMNS = (
     Column("subject", share=3),
     Column("size", right=True),
 )
-_WAITING_COLUMNS = (*_COLUMNS, Column("marks"))
+_WAITING_COLUMNS = (*_COLUMNS, Column("marks"), Column("state"))
 _QUARANTINE_COLUMNS = (*_COLUMNS, Column("tries", right=True), Column("error", share=3))
 
 _LARGEST_ID = 2**63 - 2
@@ -79,13 +82,18 @@ def messages_command(
         state = "quarantined" if quarantined else "queued"
         # One more than is shown tells whether there is another page.
         rows = queue.entries(after, limit + 1, state)
+        claims = {} if quarantined else {one.id: one for one in queue.claims()}
+        now = time.time_ns()
         page: list[dict[str, Any]] = []
         cells: list[list[str]] = []
         for entry in islice(rows, limit):
             if as_json:
-                page.append(_listed(entry))
+                page.append(_listed(entry, claims.get(entry.id)))
+            elif quarantined:
+                cells.append([*_row(entry), str(entry.attempts), _error_line(entry)])
             else:
-                cells.append(_row(entry, quarantined))
+                state = _state(entry, claims.get(entry.id), now)
+                cells.append([*_row(entry), ", ".join(entry.marks), state])
             last = entry.id
         more = next(rows, None) is not None
     if as_json:
@@ -100,7 +108,7 @@ def messages_command(
         complain(f"there are more {where}; the next page: add --after {last}")
 
 
-def _listed(entry: Entry) -> dict[str, Any]:
+def _listed(entry: Entry, claim: ClaimStatus | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "id": str(entry.id),
         "arrived": iso_time(entry.arrived),
@@ -111,26 +119,44 @@ def _listed(entry: Entry) -> dict[str, Any]:
         "size": entry.size,
         "marks": list(entry.marks),
         "state": entry.state,
+        "claim": None,
+        "not_before": iso_time(entry.not_before) if entry.not_before else None,
         "attempts": entry.attempts,
         "error": None,
     }
+    if claim is not None:
+        facts["claim"] = {
+            "host": claim.host,
+            "pid": claim.pid,
+            "since": iso_time(claim.since),
+            "until": iso_time(claim.until),
+        }
     if entry.last_error is not None:
         kind, text, _ = entry.last_error
         facts["error"] = {"type": kind, "message": text}
     return facts
 
 
-def _row(entry: Entry, quarantined: bool) -> list[str]:
-    row = [
+def _row(entry: Entry) -> list[str]:
+    return [
         str(entry.id),
         local_time(entry.arrived),
         entry.header_from,
         entry.subject,
         size(entry.size),
     ]
-    if quarantined:
-        return [*row, str(entry.attempts), _error_line(entry)]
-    return [*row, ", ".join(entry.marks)]
+
+
+def _state(entry: Entry, claim: ClaimStatus | None, now: int) -> str:
+    """Return what keeps a message from being taken now, and how often that failed; ``""``: none."""
+    parts = []
+    if claim is not None:
+        parts.append(f"held by {claim.host} {claim.pid}")
+    elif entry.not_before > now:
+        parts.append(f"deferred, due in {age(now, entry.not_before)}")
+    if entry.attempts:
+        parts.append(count(entry.attempts, "failed attempt"))
+    return ", ".join(parts)
 
 
 def _error_line(entry: Entry) -> str:
@@ -155,12 +181,13 @@ def show_command(
     with invocation.existing_depot() as post_office, post_office.queue(queue_name) as queue:
         entry = queue.find(id)
         message = queue.message(entry)
+        claim = next((one for one in queue.claims() if one.id == entry.id), None)
         if raw:
             _print_raw(message)
         elif as_json:
-            print_json(_shown(entry, message, post_office))
+            print_json(_shown(entry, claim, message, post_office))
         else:
-            _print(entry, message, post_office)
+            _print(entry, claim, message, post_office)
 
 
 def _print_raw(message: Message) -> None:
@@ -176,8 +203,10 @@ def _archived(entry: Entry, post_office: PostOffice) -> str | None:
     return post_office.archive().path(entry.archive) if entry.archive else None
 
 
-def _shown(entry: Entry, message: Message, post_office: PostOffice) -> dict[str, Any]:
-    facts = _listed(entry)
+def _shown(
+    entry: Entry, claim: ClaimStatus | None, message: Message, post_office: PostOffice
+) -> dict[str, Any]:
+    facts = _listed(entry, claim)
     text, cut = _first_text(message)
     facts.update(
         sha256=entry.digest.hex(),
@@ -193,7 +222,6 @@ def _shown(entry: Entry, message: Message, post_office: PostOffice) -> dict[str,
             for rule, asked, answer in entry.steps()
         ],
         changed=iso_time(entry.changed) if entry.changed else None,
-        not_before=iso_time(entry.not_before) if entry.not_before else None,
         headers=[list(item) for item in message.items()[:_MOST_HEADERS]],
         text="\n".join(text) if text else None,
         text_cut=cut,
@@ -203,8 +231,10 @@ def _shown(entry: Entry, message: Message, post_office: PostOffice) -> dict[str,
     return facts
 
 
-def _print(entry: Entry, message: Message, post_office: PostOffice) -> None:
-    for name, value in _facts(entry, post_office):
+def _print(
+    entry: Entry, claim: ClaimStatus | None, message: Message, post_office: PostOffice
+) -> None:
+    for name, value in _facts(entry, claim, post_office):
         say(f"{name + ':':<13}{value}")
     steps = entry.steps()
     if steps:
@@ -228,7 +258,9 @@ def _print(entry: Entry, message: Message, post_office: PostOffice) -> None:
         say("[more; --raw shows all]")
 
 
-def _facts(entry: Entry, post_office: PostOffice) -> list[tuple[str, str]]:
+def _facts(
+    entry: Entry, claim: ClaimStatus | None, post_office: PostOffice
+) -> list[tuple[str, str]]:
     from postoffice.routing import REASONS
 
     since = f" since {local_time(entry.changed)}" if entry.changed else ""
@@ -250,8 +282,11 @@ def _facts(entry: Entry, post_office: PostOffice) -> list[tuple[str, str]]:
         facts.append(("archive", path if os.path.lexists(path) else f"{path} (not there now)"))
     if entry.marks:
         facts.append(("marks", ", ".join(entry.marks)))
-    if entry.not_before:
-        facts.append(("not before", local_time(entry.not_before)))
+    if claim is not None:
+        held = f"{claim.host} {claim.pid} since {local_time(claim.since)}"
+        facts.append(("held by", f"{held}, until {local_time(claim.until)} at most"))
+    if entry.not_before > time.time_ns():
+        facts.append(("deferred", f"due {local_time(entry.not_before)}"))
     if entry.attempts:
         facts.append(("attempts", f"{entry.attempts} failed"))
     facts.append(("reason", f"{entry.reason}: {REASONS.get(entry.reason, entry.way)}"))

@@ -19,6 +19,7 @@ _COLUMNS = (
     Column("queue"),
     Column("waiting", right=True),
     Column("held", right=True),
+    Column("deferred", right=True),
     Column("quarantined", right=True),
     Column("oldest", right=True),
     Column("in configuration"),
@@ -32,8 +33,9 @@ _COLUMNS = (
 @shared_options
 @click.pass_context
 def queues_command(ctx: click.Context, as_json: bool) -> None:
-    """List the queues: how many messages wait, are held by consumers, or are in quarantine.
+    """List the queues: how many messages wait, and how many are in quarantine.
 
+    Of those that wait, consumers hold some, and some are deferred, to come again when they are due.
     Oldest is how long ago the message arrived that is at the head of the queue.
     """
     if ctx.invoked_subcommand is not None:
@@ -52,6 +54,7 @@ def _as_json(one: QueueStatus) -> dict[str, object]:
         "name": one.name,
         "waiting": one.waiting,
         "held": one.held,
+        "deferred": one.deferred,
         "quarantined": one.quarantined,
         "oldest": None if one.oldest is None else iso_time(one.oldest),
         "configured": one.configured,
@@ -65,6 +68,7 @@ def _row(one: QueueStatus, now: int) -> list[str]:
         one.name,
         str(one.waiting),
         str(one.held),
+        str(one.deferred),
         str(one.quarantined),
         "" if one.oldest is None else age(one.oldest, now),
         configured if one.made else "yes; made by the next import",

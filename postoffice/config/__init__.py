@@ -13,8 +13,8 @@ import difflib
 import enum
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,6 +23,7 @@ from postoffice.config.database_uri import check_uri
 from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
 from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
+from postoffice.depot.policy import Policy
 from postoffice.loops import LoopRule
 from postoffice.routing import Routing
 
@@ -56,7 +57,6 @@ DEFAULT_THROTTLE_PERIOD = 300
 
 # ConfigParser took what follows white space and a semicolon for a comment until Python 3.2.
 _SEMICOLON_COMMENT = re.compile(r"\s;.*", re.DOTALL)
-_NUMBER_COMMENT = re.compile(r"(?:^|\s)[#;].*", re.DOTALL)
 
 _T = TypeVar("_T")
 
@@ -80,6 +80,7 @@ class Settings:
     :ivar zodb_path: the names of the folders from the database's root to the depot; one at least.
     :ivar maildir: the Maildir, absolute; it may not exist yet, but its parent does.
     :ivar routing: the rules, with the queues in the file's order.
+    :ivar policies: how consumers deal with failures, by the name of the queue, for each of them.
     :ivar loop: when senders are throttled; ``None``: never.
     :ivar archive: where originals go: a folder, absolute; :data:`IN_MAILDIR`; or ``None``: nowhere.
     :ivar archive_keep: seconds for which originals are kept; ``None``: for ever.
@@ -95,6 +96,7 @@ class Settings:
     zodb_path: tuple[str, ...]
     maildir: Path
     routing: Routing
+    policies: Mapping[str, Policy] = field(hash=False)
     loop: LoopRule | None
     archive: Path | Literal[ArchivePlace.IN_MAILDIR] | None
     archive_keep: int | None
@@ -206,6 +208,7 @@ class _Reader:
             rules.queues(),
             self._converted("max_message_size", values.size, None),
         )
+        policies = rules.policies()
         rules.warn_of_unreachable(routing)
         loop = self._loop()
         keep = self._converted("archive_keep", values.duration, None)
@@ -231,6 +234,7 @@ class _Reader:
             zodb_path=zodb_path,
             maildir=maildir,
             routing=routing,
+            policies=policies,
             loop=loop,
             archive=archive,
             archive_keep=keep,
@@ -252,7 +256,7 @@ class _Reader:
                 f"the value goes on in another line: {value.splitlines()[1].strip()!r}",
                 "write it in one line; a line that is not indented begins the next option",
             )
-        comment = _NUMBER_COMMENT if option in _NUMBERS else _SEMICOLON_COMMENT
+        comment = values.NUMBER_COMMENT if option in _NUMBERS else _SEMICOLON_COMMENT
         value = comment.sub("", value)
         if CONTROLS.search(value):
             self._file.fail(

@@ -1,22 +1,28 @@
-"""The rules of the file: its filters and its queues, and the queues that can get nothing."""
+"""The queues of the file: their filters and policies, and which of them can get nothing."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
+from postoffice.config import values
 from postoffice.config.file import CONTROLS, MAIN_SECTION, QUEUE_PREFIX, ConfigFile, nearest
+from postoffice.config.values import Fault
+from postoffice.depot.policy import Policy
 from postoffice.filters import FACTORIES, FilterError, ToHostnameFilter
 from postoffice.interfaces import IFilter
 from postoffice.routing import QueueRule, Routing
 
 __all__ = ["QUEUE_OPTIONS", "RuleReader"]
 
-QUEUE_OPTIONS = ("filters",)
+QUEUE_OPTIONS = ("filters", "max_attempts", "retry_delay", "lease")
 _FILE_FILTERS = frozenset({"header_regexp_file", "body_regexp_file"})
 
 _LIKE_QUEUE = re.compile(r"\s*queues?\s*(?::.*)?", re.IGNORECASE)
+
+_T = TypeVar("_T")
 
 
 class RuleReader:
@@ -49,6 +55,36 @@ class RuleReader:
         if not filters:
             self._file.warn(section, None, "a queue without filters gets no messages")
         return QueueRule(name, filters)
+
+    def policies(self) -> dict[str, Policy]:
+        """Return how consumers deal with failures, by the name of the queue.
+
+        It moves no message elsewhere, and so does not count in the fingerprint.
+        """
+        default = Policy()
+        found = {}
+        for section in self._file.parser.sections():
+            if section.startswith(QUEUE_PREFIX):
+                found[section.removeprefix(QUEUE_PREFIX)] = Policy(
+                    self._number(section, "max_attempts", values.attempts, default.max_attempts),
+                    self._number(section, "retry_delay", values.retry_delay, default.retry_delay),
+                    self._number(section, "lease", values.lease, default.lease),
+                )
+        return found
+
+    def _number(self, section: str, option: str, convert: Callable[[str], _T], default: _T) -> _T:
+        written = self._file.value(section, option)
+        if written is None:
+            return default
+        text = values.NUMBER_COMMENT.sub("", written)
+        try:
+            if not text:
+                raise Fault("the option has no value", "write one, or leave the option out")
+            if CONTROLS.search(text):
+                raise Fault("the value holds a control character", "remove it")
+            return convert(text)
+        except Fault as error:
+            self._file.fail(section, option, error.fault, error.mend)
 
     def filters(self, section: str, option: str) -> tuple[IFilter, ...]:
         """Return the filters of an option, one a line."""

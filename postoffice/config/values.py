@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["Fault", "duration", "frequency", "header_names", "path_names", "size"]
+__all__ = [
+    "NUMBER_COMMENT",
+    "Fault",
+    "attempts",
+    "duration",
+    "frequency",
+    "header_names",
+    "lease",
+    "path_names",
+    "retry_delay",
+    "size",
+]
+
+#: The comment that may stand behind a number.
+NUMBER_COMMENT = re.compile(r"(?:^|\s)[#;].*", re.DOTALL)
 
 _SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -15,6 +29,10 @@ _DURATION = re.compile(r"([0-9]{1,12})\s*([smhdw]?)", re.IGNORECASE)
 _FREQUENCY = re.compile(
     r"(?:[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})(?:e[+-]?[0-9]{1,3})?", re.I
 )
+_ATTEMPTS = re.compile(r"[0-9]{1,4}")
+_MOST_ATTEMPTS = 1000
+# The depot has 63 bits for a time in nanoseconds, which end in 2262.
+_LONGEST = 52 * 604800
 _HEADER_NAME = re.compile(r"[!-9;-~]+")
 
 
@@ -47,6 +65,41 @@ def duration(text: str) -> int:
     if found is None:
         raise Fault(f"{text!r} is no duration", "write seconds, or 5m, 2h, 7d, 4w")
     return int(found[1]) * _SECONDS[found[2].lower()]
+
+
+def attempts(text: str) -> int:
+    """Return a number of attempts, from 1 to 1,000.
+
+    :raises Fault: it is something else.
+    """
+    number = int(text) if _ATTEMPTS.fullmatch(text) else 0
+    if not 1 <= number <= _MOST_ATTEMPTS:
+        raise Fault(
+            f"{text!r} is no number of attempts", f"write a number from 1 to {_MOST_ATTEMPTS}"
+        )
+    return number
+
+
+def retry_delay(text: str) -> float:
+    """Return seconds, of a year at most.
+
+    :raises Fault: it is something else.
+    """
+    seconds = duration(text)
+    if seconds > _LONGEST:
+        raise Fault(f"{text!r} is longer than a year", "write 52w or less")
+    return float(seconds)
+
+
+def lease(text: str) -> float:
+    """Return seconds, one at least and of a year at most.
+
+    :raises Fault: it is something else.
+    """
+    seconds = retry_delay(text)
+    if seconds < 1:
+        raise Fault(f"{text!r} would end at once", "write 1s or more")
+    return seconds
 
 
 def frequency(text: str) -> float:

@@ -42,7 +42,6 @@ class ClaimedMessage:
         claim = claims.held[place]
         self.since = claim.since
         self.until = claim.until
-        #: How many of the attempts are such of which nobody could tell: whoever made them is gone.
         self.lapses = claim.lapses
         self.attempts = entry.attempts - entry.forgiven + claim.lapses
 

@@ -277,6 +277,7 @@ class IClaimedMessage(Interface):
         "database has lost its body."
     )
     attempts = Attribute("How many attempts have failed since it was added, or last requeued.")
+    lapses = Attribute("How many of these nobody could tell of: whoever made them is gone.")
     last_error = Attribute("Type, message and traceback of the last failure, or ``None``.")
     since = Attribute("When it was claimed, in nanoseconds since the epoch.")
     until = Attribute("When the claim ends, likewise.")

@@ -27,6 +27,7 @@ from typing import Any
 import click
 import pytest
 from pyramid.request import Request
+from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
 import postoffice
@@ -218,8 +219,7 @@ class World:
             "__name__": __name__,
             "uri": self.uri,
             "process": self.process,
-            "stopping": lambda: next(self.rounds) == 2,
-            "pause": 0,
+            "stopping": lambda: next(self.rounds) == 5,
             "mail_host": "127.0.0.1",
             "mail_port": self.mail_server.server_address[1],
             "outgoing": str(folder / "outgoing"),
@@ -244,6 +244,9 @@ class World:
             for name in post_office.settings.queue_names:
                 queue = Queue(post_office.folder(connection).get(name))
                 queue.requeue_quarantined_messages()
+                queue.give_all_back()
+                connection.transaction_manager.commit()
+                connection.transaction_manager.begin()
                 while queue:
                     queue.pop_next()
                 for subject in ("first", "broken", "last"):
@@ -285,6 +288,19 @@ def all_is_processed(world: World) -> None:
     assert world.held("billing") == ([], ["broken"])
 
 
+def fails_are_deferred(world: World) -> None:
+    assert world.processed == ["first", "last"]
+    assert world.held("billing") == (["broken"], [])
+    with world.post_office() as post_office, post_office.queue("billing") as queue:
+        (entry,) = queue.entries()
+        assert entry.not_before > time.time_ns()
+
+
+def takes_the_first(world: World) -> None:
+    assert world.processed == ["first"]
+    assert world.held("support")[0] == ["broken", "last"]
+
+
 def names_the_queues(world: World) -> None:
     assert world.printed == named("no-queue-output").text
 
@@ -294,9 +310,17 @@ def serves_requests(world: World) -> None:
     assert Request.blank("/next").get_response(app).text == "first"
     with pytest.raises(LookupError):
         Request.blank("/next").get_response(app)
-    world.names["process"] = str
+    tries: list[AnyMessage] = []
+
+    def conflict_at_first(message: AnyMessage) -> None:
+        tries.append(message)
+        if len(tries) == 1:
+            raise ConflictError("somebody else was quicker")
+
+    world.names["process"] = conflict_at_first
     found = [Request.blank("/next").get_response(app).text for _ in range(3)]
     assert found == ["broken", "last", "no bills"]
+    assert len(tries) == 3
     world.names["process"] = world.process
     for database in app.registry._zodb_databases.values():
         database.close()
@@ -360,8 +384,9 @@ def hears_of_it(world: World) -> None:
 OUTCOMES: dict[str, Callable[[World], None]] = {
     "one-minute": all_is_processed,
     "loop": all_is_processed,
-    "retry": all_is_processed,
-    "forever": all_is_processed,
+    "consumer": fails_are_deferred,
+    "retry": takes_the_first,
+    "claim": all_is_processed,
     "no-queue": names_the_queues,
     "pyramid": serves_requests,
     "message": says_what_it_is,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 
-from postoffice.message import Message
-from postoffice.queue import open_queue
+from persistent.mapping import PersistentMapping
+
+from tests.depots import QUEUE, zeo_depot
 from tests.sites import Site, mail
 
 README = (Path(__file__).resolve().parent.parent / "README.rst").read_text(encoding="utf-8")
@@ -20,27 +24,31 @@ def blocks(directive: str) -> list[str]:
 
 
 def test_consumer(tmp_path: Path) -> None:
-    """The consumer processes what it can, and leaves the rest in quarantine with its error."""
-    site = Site(tmp_path / "site")
-    site.deliver(mail("one"), mail("two"), mail("three"))
-    site.done()
-    processed = []
-
-    def process(message: Message) -> None:
-        if message["Subject"] == "two":
-            raise ValueError("an odd number is expected")
-        processed.append(message["Subject"])
-
+    """The consumer works with each message's leaving the queue, until it is told to end."""
     (consumer,) = blocks(".. code-block:: python")
+    assert "A consumer in four lines" in README
+    assert len([line for line in consumer.splitlines() if line]) == 4
     # The very text that readers copy.
-    exec(compile(consumer, "README.rst", "exec"), {"uri": site.uri, "process": process})  # noqa: S102
-    assert processed == ["one", "three"]
-    with open_queue(site.uri, "billing") as queue:
-        assert len(queue) == 0
-        ((message, error),) = queue.get_quarantined_messages()
-        assert (message["Subject"], error.message) == ("two", "an odd number is expected")
-    assert "A consumer in eleven lines" in README
-    assert len([line for line in consumer.splitlines() if line]) == 11
+    program = f"import sys\nuri = sys.argv[1]\n{consumer.replace('billing', QUEUE)}"
+    with zeo_depot(tmp_path) as depot:
+        seat = depot.seat()
+        seat.connection.root()["bills"] = PersistentMapping()
+        seat.commit()
+        ids = seat.add("one", "two", "three")
+        process = subprocess.Popen([sys.executable, "-c", program, depot.uri])
+        try:
+            for _ in range(400):
+                time.sleep(0.05)
+                seat.begin()
+                if not len(seat.queue):
+                    break
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+        seat.begin()
+        assert dict(seat.connection.root()["bills"]) == dict(
+            zip(ids, ("one", "two", "three"), strict=True)
+        )
 
 
 def test_queue_of_the_readme(tmp_path: Path) -> None:

@@ -261,10 +261,19 @@ class Claims:
                 lanes[place.lane].claims[place.position] = tuple(claim)
             return found
 
-        found = self._run(work)
-        self.finished.clear()
-        self.held.update(found)
-        return list(found)
+        while True:
+            found = self._run(work)
+            self.finished.clear()
+            self.held.update(found)
+            # Since the view that the claims were made from, somebody may have claimed an entry, taken
+            # it and swept it out, claim and all: there was nothing left to conflict with.
+            gone = self._swept(found) if found else []
+            self.finish(gone)
+            if len(gone) < len(found) or not found:
+                return [place for place in found if place in self.held]
+
+    def _swept(self, places: Iterable[Place]) -> list[Place]:
+        return self._run(lambda record: [place for place in places if record.get(place) is None])
 
     def finish(self, places: Iterable[Place]) -> None:
         """Hold these no more: what became of their messages is committed."""

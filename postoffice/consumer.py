@@ -275,7 +275,7 @@ class _Consumer:
         seconds = (time.monotonic() - started) / len(held)
         wanted = int(_BATCH_SECONDS / seconds) if seconds > 0 else _MOST_AT_ONCE
         # One that takes long may come at any time, with the others of its batch behind it.
-        self._batch = max(1, min(wanted, self._batch * 2, _MOST_AT_ONCE))
+        self._batch = max(1, min(wanted, self._batch * 4, _MOST_AT_ONCE))
 
     # -- one message -------------------------------------------------------------------------------
 

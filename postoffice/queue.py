@@ -238,6 +238,7 @@ class Queue:
             return []
 
         def read(record: QueueRecord) -> list[ClaimedMessage]:
+            record.prefetch(places)
             return [
                 ClaimedMessage(self, claims, place, *self._read(entry))
                 for place in places

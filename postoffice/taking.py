@@ -96,6 +96,7 @@ class Taking:
         self._connection = record._p_jar
         self._ready: list[Place] = []
         self._claimed_at = 0.0
+        self._claimed = 1
         self._watches_close = False
         self._batch = 1
 
@@ -139,8 +140,9 @@ class Taking:
             self.release()
         elif not self._ready:
             # A slow consumer holds little that idle ones could take meanwhile.
-            fast = time.monotonic() - self._claimed_at < _HOLD_SECONDS
-            self._batch = min(self._batch * 2, _MOST_AT_ONCE) if fast else 1
+            seconds = (time.monotonic() - self._claimed_at) / self._claimed
+            wanted = int(_HOLD_SECONDS / seconds) if seconds > 0 else _MOST_AT_ONCE
+            self._batch = max(1, min(wanted, self._batch * 4, _MOST_AT_ONCE))
 
     def _before_commit(self, work: Work) -> None:
         self._settle(work)
@@ -290,7 +292,9 @@ class Taking:
             lambda place: record.get(place) is not None,
             after=work.claimed_to,
         )
+        self._claimed = len(self._ready)
         if self._ready:
+            record.prefetch(self._ready)
             deferred = len(record.lanes)
             work.claimed_to = max(
                 (place.position for place in self._ready if place.lane != deferred),

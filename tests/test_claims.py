@@ -136,3 +136,32 @@ def test_claiming_at_once_is_retried(depot: Depot) -> None:
     (place,) = first.take(1, meanwhile)
     assert second.held
     assert place not in second.held
+
+
+def test_what_was_swept_meanwhile_is_not_claimed(depot: Depot) -> None:
+    """A message that another took and swept out while it was being claimed is not handed out."""
+    one, two = depot.seat(), depot.seat()
+    one.add("a", "b")
+    first = Claims(one.connection, one.record._p_oid)
+
+    def take_and_sweep() -> Iterator[None]:
+        two.begin()
+        assert two.queue.pop_next()["Subject"] == "a"
+        two.commit()
+        two.begin()
+        assert two.queue
+        two.abort()
+        yield
+
+    rival = take_and_sweep()
+
+    def meanwhile(place: Place) -> bool:
+        next(rival, None)
+        return True
+
+    one.begin()
+    ((place, entry),) = [found for found in one.record.walk() if found[1].subject == "b"]
+    assert first.take(1, meanwhile) == [place]
+    assert set(first.held) == {place}
+    first.release()
+    assert claimed(one) == {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from BTrees.Length import Length
 from BTrees.LOBTree import LOBTree
 from persistent import Persistent
-from ZODB.POSException import ConflictError
+from ZODB.POSException import ConflictError, POSKeyError
 
 from postoffice.depot.deferred import DeferredLane
-from postoffice.depot.entry import QUARANTINED, Entry
+from postoffice.depot.entry import QUARANTINED, Body, Entry
 from postoffice.depot.history import DUPLICATE_WIDTH, Arrivals, HistoryLog, Throttles
 from postoffice.depot.ids import new_id, producer_number
 from postoffice.depot.lane import LANES, SENTINEL, Claim, Lane, Place, claim_of
@@ -22,6 +23,8 @@ __all__ = ["QueueRecord"]
 
 # One consumer claims no more than this part of what waits.
 _SHARE = 8
+# Bytes of bodies; they go into the client's cache, which others need too.
+_MOST_PREFETCHED = 1 << 20
 
 
 class QueueRecord(Persistent):
@@ -118,6 +121,22 @@ class QueueRecord(Persistent):
         """Return the entry that waits at a place, or ``None``."""
         entry = self.get(place)
         return entry if Lane.live(entry, place.position) else None
+
+    def prefetch(self, places: Iterable[Place]) -> None:
+        """Have the storage send the entries at these places, and their bodies, all at once."""
+        entries = [entry for place in places if (entry := self.get(place)) is not None]
+        self._p_jar.prefetch(entries)
+        bodies = []
+        room = _MOST_PREFETCHED
+        # One that is lost is reported where it is taken.
+        with suppress(POSKeyError):
+            for entry in entries:
+                room -= entry.size
+                if room < 0:
+                    break
+                if isinstance(entry.body, Body):
+                    bodies.append(entry.body)
+        self._p_jar.prefetch(bodies)
 
     def defer(self, place: Place, due: int) -> Place | None:
         """Let the entry at a place wait until a time, in nanoseconds; return its new place.

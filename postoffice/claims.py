@@ -265,8 +265,8 @@ class Claims:
             found = self._run(work)
             self.finished.clear()
             self.held.update(found)
-            # Since the view that the claims were made from, somebody may have claimed an entry, taken
-            # it and swept it out, claim and all: there was nothing left to conflict with.
+            # Since the view that the claims were made from, somebody may have claimed an entry,
+            # taken it and swept it out, claim and all: there was nothing left to conflict with.
             gone = self._swept(found) if found else []
             self.finish(gone)
             if len(gone) < len(found) or not found:

@@ -160,7 +160,7 @@ def test_what_was_swept_meanwhile_is_not_claimed(depot: Depot) -> None:
         return True
 
     one.begin()
-    ((place, entry),) = [found for found in one.record.walk() if found[1].subject == "b"]
+    (place,) = [place for place, entry in one.record.walk() if entry.subject == "b"]
     assert first.take(1, meanwhile) == [place]
     assert set(first.held) == {place}
     first.release()

@@ -1,21 +1,32 @@
-"""RelStorage, with its server's absence told as ZODB's own storages tell it.
+"""RelStorage, as trustworthy as ZODB's own storages.
 
 When the server of a RelStorage goes away, each use of the storage raises an error of the database
 driver, of which neither a transaction manager nor an application knows that it passes.  Here such
 an error becomes a :exc:`postoffice.exceptions.DepotDisconnected`, which is a transient error.
+
+With SQLite, RelStorage 4.3 does not wait for a commit to be on the disk, and counts the ids of
+objects in a file apart, ``oids.sqlite3``, that is not written to the disk at all: when it has
+fallen back, new objects would take the place of old ones.  Here commits are waited for, and the
+counter is raised to what the database has.
 """
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
+from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.storage import RelStorage
+from relstorage.zodburi_resolver import RelStorageURIResolver, SqliteAdapterHelper
 
 from postoffice.display import one_line
 from postoffice.exceptions import DepotDisconnected
 
-__all__ = ["TransientRelStorage", "make_outages_transient"]
+__all__ = ["TransientRelStorage", "make_outages_transient", "raise_ids", "sqlite_factory"]
 
 # What a connection calls.  RelStorage puts many of these into each instance, and exchanges them.
 _METHODS = (
@@ -96,3 +107,38 @@ def make_outages_transient(storage: Any) -> None:
     # Whoever resolves URIs makes the storage, and an instance makes others of its own class.
     if type(storage) is RelStorage:
         storage.__class__ = TransientRelStorage
+
+
+class _DurableSqlite(SqliteAdapterHelper):  # type: ignore[misc]  # RelStorage has no types
+    """What RelStorage makes of a URI, but that a commit is on the disk when it returns."""
+
+    def __call__(self, parsed_uri: Any, kw: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
+        named, unused = self.interpret_kwargs(kw)
+
+        def make(options: Any) -> Sqlite3Adapter:
+            return Sqlite3Adapter(options=options, pragmas={"synchronous": "full"}, **named)
+
+        return make, unused
+
+
+def sqlite_factory(uri: str) -> Callable[[], Any]:
+    """Return a function that opens the storage of a ``sqlite://`` URI.
+
+    :raises KeyError: the URI lacks what it needs.
+    """
+    factory: Callable[[], Any] = RelStorageURIResolver(_DurableSqlite())(uri)[0]
+    return factory
+
+
+def raise_ids(storage: Any) -> None:
+    """Have a RelStorage on SQLite give new objects ids beyond those that its database has.
+
+    To be called before anything is stored; what others allocate meanwhile is as good.
+    """
+    adapter = getattr(storage, "_adapter", None)
+    if not isinstance(adapter, Sqlite3Adapter):
+        return
+    path = os.path.join(adapter.data_dir, "main.sqlite3")
+    with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as database:
+        (largest,) = database.execute("SELECT MAX(zoid) FROM object_state").fetchone()
+    adapter.oidallocator.set_min_oid(None, largest or 0)

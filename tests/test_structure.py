@@ -33,7 +33,7 @@ LAYERS = (
     ("filters", "loops", "bounces", "fingerprints"),
     ("routing",),
     ("depot",),
-    ("claims", "relational", "description", "outbound"),
+    ("claims", "relational", "zeo_client", "description", "outbound"),
     ("database",),
     ("taking", "claimed"),
     ("histories",),
@@ -56,9 +56,10 @@ NARROWED = {
         "taking",
     },
     "claims": {"depot"},
-    "database": {"display", "exceptions", "relational"},
+    "database": {"display", "exceptions", "relational", "zeo_client"},
     "relational": {"display", "exceptions"},
     "postfix": {"exceptions"},
+    "zeo_client": set(),
     "workers": {"display", "exceptions"},
 }
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from postoffice.depot.entry import Entry, ErrorText
 
 _ATTEMPTS = 30
+_LONGEST_PAUSE = 0.25
 # Entries that are due at the same time are due some nanoseconds one after the other.
 _SAME_TIME = 1_000_000
 
@@ -394,4 +395,6 @@ class Claims:
                     raise
             finally:
                 connection.close()
-            time.sleep(random.uniform(0, 0.002 * attempt))  # noqa: S311  # spreads, hides nothing
+            # As long as others take to commit, which on some storages is long.
+            most = min(0.002 * 2**attempt, _LONGEST_PAUSE)
+            time.sleep(random.uniform(0, most))  # noqa: S311  # spreads, hides nothing

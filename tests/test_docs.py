@@ -535,7 +535,7 @@ def test_refusals_are_shown_in_full(block: Block, tmp_path: Path) -> None:
 
 
 def test_a_locked_database_says_what_is_shown(tmp_path: Path) -> None:
-    """What a locked database says is what the page on operating shows."""
+    """What a locked database says is what the page on storages shows."""
     (said,) = [block for block in BLOCKS if "is locked by" in block.text]
     (tmp_path / "var").mkdir()
     (tmp_path / "zeo.conf").touch()

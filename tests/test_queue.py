@@ -901,9 +901,10 @@ def test_open_queue_by_uri(tmp_path: Path) -> None:
         assert len(queue) == 0
 
 
-def test_open_queue_by_uri_over_zeo(depot: Depot) -> None:
-    """Over ZEO it opens a client, works, and leaves no connection behind, also on failure."""
-    if depot.uri.startswith("file:"):
+def test_open_queue_by_the_uri_of_a_server(depot: Depot) -> None:
+    """With a server it opens a client, works, and leaves no connection behind, also on failure."""
+    # SQLite keeps the descriptors of a file that this process has open elsewhere, for its locks.
+    if depot.uri.startswith(("file:", "sqlite:")):
         return
     seat = depot.seat()
     seat.add("a", "b")

@@ -67,9 +67,13 @@ class DeferredLane(Lane):
         found: Entry | None = self.waiting.get(place.position)
         return found
 
-    def find(self, position: int) -> int | None:
-        """See :meth:`Lane.find`."""
+    def expect(self, position: int) -> int | None:
+        """See :meth:`Lane.expect`."""
         return SENTINEL if position > SENTINEL and position in self.waiting else None
+
+    def find(self, position: int) -> int | None:
+        """See :meth:`Lane.find`; there is one place only."""
+        return None
 
     def walk(self, after: int = SENTINEL) -> Iterator[tuple[int, int, Entry]]:
         """See :meth:`Lane.walk`; those that are not due are among them."""

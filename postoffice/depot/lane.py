@@ -118,22 +118,28 @@ class Lane(Persistent):
         found: Entry | None = None if segment is None else segment.get(place.position)
         return found
 
+    def expect(self, position: int) -> int | None:
+        """Return the key of the segment that holds a position, if it is the likeliest one."""
+        segments = self.segments
+        # There is not even the sentinel in a lane that was closed.
+        key = segments.maxKey(position) if position > SENTINEL and segments else SENTINEL
+        return int(key) if key and position in segments[key] else None
+
     def find(self, position: int) -> int | None:
         """Return the key of the segment that holds a position, or ``None``.
 
         A producer that did not see a newer segment yet adds to an older one, so the segment that
-        begins last before the position is only the most likely one; those around it come next.
+        begins last before the position is only the most likely one.  This reads all, and keeps
+        none in memory.
         """
-        segments = self.segments
-        # There is not even the sentinel in a lane that was closed.
-        key = segments.maxKey(position) if position > SENTINEL and segments else SENTINEL
-        while key:
-            if position in segments[key]:
+        for key in self.segments.keys(FIRST):
+            segment = self.segments[key]
+            known = segment._p_changed is not None
+            found = position in segment
+            if not known:
+                segment._p_deactivate()
+            if found:
                 return int(key)
-            key = segments.maxKey(key - 1)
-        for other in segments.keys(max(position, FIRST), excludemin=position >= FIRST):
-            if position in segments[other]:
-                return int(other)
         return None
 
     def walk(self, after: int = SENTINEL) -> Iterator[tuple[int, int, Entry]]:

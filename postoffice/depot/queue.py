@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 
 from BTrees.Length import Length
 from BTrees.LOBTree import LOBTree
@@ -205,12 +206,17 @@ class QueueRecord(Persistent):
         position = self.moved.get(id, id)
         if not SENTINEL < position < 1 << 63:
             return None
-        for number, lane in enumerate(self.all_lanes):
-            key = lane.find(position)
+        lanes = list(enumerate(self.all_lanes))
+        # Looking where it is to be expected costs the same however long the queue is.
+        keys = chain(
+            ((number, lane.expect(position)) for number, lane in lanes),
+            ((number, lane.find(position)) for number, lane in lanes),
+        )
+        for number, key in keys:
             if key is not None:
                 place = Place(number, key, position)
-                entry = lane.get(place)
-                if entry is not None and lane.live(entry, position):
+                entry = self.live(place)
+                if entry is not None:
                     return place, entry
         return None
 

@@ -36,7 +36,7 @@ class ClaimedMessage:
         self.id = entry.id
         self._queue = queue
         self._claims = claims
-        self._place = place
+        self.place = place
         self._entry = entry
         self.read = read
         claim = claims.held[place]
@@ -66,7 +66,7 @@ class ClaimedMessage:
         entry = self._waiting()
         work = self._queue.taking.work()
         entry.change(DONE, "taken", "taken", time.time_ns(), self._queue.event_sink)
-        work.acknowledged[self._place] = (self._claims, entry)
+        work.acknowledged[self.place] = (self._claims, entry)
         if isinstance(self.read, Message):
             work.give(self.read, entry)
 
@@ -75,28 +75,28 @@ class ClaimedMessage:
         entry = self._waiting()
         work = self._queue.taking.work()
         self._queue.put_quarantine(entry, error, self.lapses + attempts)
-        work.acknowledged[self._place] = (self._claims, entry)
+        work.acknowledged[self.place] = (self._claims, entry)
 
     def release(self) -> None:
         """See :meth:`postoffice.interfaces.IClaimedMessage.release`."""
-        self._claims.release([self._place])
+        self._claims.release([self.place])
 
     def defer(self, seconds: float, error: Any = None) -> None:
         """See :meth:`postoffice.interfaces.IClaimedMessage.defer`."""
         due = time.time_ns() + int(seconds * 1_000_000_000)
         text = None if error is None else error_text(error)
-        if not self._claims.defer(self._place, due, text):
+        if not self._claims.defer(self.place, due, text):
             raise self._lost()
 
     def renew(self, lease: float | None = None) -> None:
         """See :meth:`postoffice.interfaces.IClaimedMessage.renew`."""
-        if not self._claims.renew(self._place, lease):
+        if not self._claims.renew(self.place, lease):
             raise self._lost()
-        self.until = self._claims.held[self._place].until
+        self.until = self._claims.held[self.place].until
 
     def _waiting(self) -> Entry:
-        entry = self._queue.record.live(self._place)
-        if entry is None or self._place not in self._claims.held:
+        entry = self._queue.record.live(self.place)
+        if entry is None or self.place not in self._claims.held:
             raise self._lost()
         return entry
 

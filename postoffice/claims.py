@@ -265,10 +265,11 @@ class Claims:
         while True:
             found = self._run(work)
             self.finished.clear()
-            self.held.update(found)
             # Since the view that the claims were made from, somebody may have claimed an entry,
             # taken it and swept it out, claim and all: there was nothing left to conflict with.
             gone = self._swept(found) if found else []
+            # What is claimed and yet not noted as held, as after a failure, is taken by the next.
+            self.held.update(found)
             self.finish(gone)
             if len(gone) < len(found) or not found:
                 return [place for place in found if place in self.held]
@@ -281,6 +282,11 @@ class Claims:
         for place in places:
             self.held.pop(place, None)
             self.finished.add(place)
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Hold these no more, without a word to the database; the next :meth:`take` has them."""
+        for place in places:
+            self.held.pop(place, None)
 
     def release(self, places: Iterable[Place] | None = None) -> None:
         """Give claims back, so that others can have the messages at once.

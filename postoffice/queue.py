@@ -245,7 +245,14 @@ class Queue:
                 if (entry := record.live(place)) is not None
             ]
 
-        return claims.read(read)
+        try:
+            found = claims.read(read)
+        except BaseException:
+            # Nobody would work on them; claimed again, they are read again.
+            claims.forget(places)
+            raise
+        claims.finish({*places} - {one.place for one in found})
+        return found
 
     def _read(self, entry: Entry) -> tuple[Entry, Message | Exception]:
         """Return a copy of an entry, and the message or why it cannot be read."""

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import transaction
 from transaction.interfaces import NoTransaction, TransientError
+from ZODB.POSException import ConflictError
 from zope.interface.verify import verifyObject
 
 from postoffice.claimed import ClaimedMessage
+from postoffice.claims import Claims
 from postoffice.depot.policy import Policy
 from postoffice.exceptions import MessageMissing, MessageTaken
 from postoffice.interfaces import Event, IClaimedMessage, IEventSink
@@ -447,3 +449,40 @@ def test_many_deferred_cost_a_claim_nothing(seat: Seat) -> None:
     assert seat.record.count_deferred(time.time_ns()) == 590
     assert len(list(seat.queue.entries(limit=1000))) == 600
     assert sum(len(lane.segments) for lane in seat.record.lanes) < 10
+
+
+def test_what_was_claimed_and_not_read_is_claimed_again(
+    one: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the storage fails between the claim and the reading, the same consumer has the next."""
+    one.add("a", "b")
+
+    def fail(claims: Claims, work: object) -> None:
+        raise ConflictError("the storage went away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Claims, "read", fail)
+        with pytest.raises(ConflictError):
+            one.queue.claim(5)
+    one.begin()
+    assert len(one.queue.claims()) == 2
+    assert subjects(held.message for held in one.queue.claim(5)) == ["a", "b"]
+    assert one.queue.claim(5) == []
+
+
+def test_a_claim_that_seemed_to_fail_is_taken_up(
+    one: Seat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the storage fails right after the claim's commit, the next claim has its messages."""
+    one.add("a", "b")
+
+    def fail(claims: Claims, places: object) -> None:
+        raise ConflictError("the storage went away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Claims, "_swept", fail)
+        with pytest.raises(ConflictError):
+            one.queue.claim(5)
+    one.begin()
+    assert len(one.queue.claims()) == 2
+    assert subjects(held.message for held in one.queue.claim(5)) == ["a", "b"]

@@ -53,14 +53,20 @@ class PostOffice:
     :ivar settings: what the configuration file says.
     """
 
-    def __init__(self, settings: config.Settings | str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        settings: config.Settings | str | os.PathLike[str],
+        opener: Callable[[str], Any] = open_database,
+    ) -> None:
         """Take settings, or the path of the file that holds them.
 
+        :param opener: opens the database by its URI; see :mod:`postoffice.database`.
         :raises postoffice.exceptions.ConfigurationError: the file cannot be used.
         """
         if not isinstance(settings, config.Settings):
             settings = config.load(Path(settings))
         self.settings = settings
+        self._opener = opener
         self._database: Any = None
         self.log = logging.getLogger("postoffice")
 
@@ -85,7 +91,7 @@ class PostOffice:
         :raises DepotUnavailable: it cannot be opened now.
         """
         if self._database is None:
-            self._database = open_database(self.settings.zodb_uri)
+            self._database = self._opener(self.settings.zodb_uri)
         return self._database
 
     @contextmanager

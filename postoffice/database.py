@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import zc.lockfile
 import ZConfig
 import zodburi
+from ZEO.Exceptions import ClientDisconnected
 from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError, ReadOnlyError
 
+from postoffice.database_uri import blob_folder_named, shown, split_uri, uri_fault
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable
 
@@ -25,11 +35,40 @@ __all__ = [
     "database_file",
     "open_database",
     "open_for_inspection",
+    "open_soon",
 ]
 
 _LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
 _STORAGE_PATH = re.compile(r"<filestorage[^>]*>[^<]*?^[ \t]*path[ \t]+(\S+)", re.I | re.M)
 _SOON = 5
+# Of a zeo:// URI without one.
+_ZEO_PORT = 9991
+# Loggers of RelStorage's that tell of each failure to connect.
+_TALKATIVE = ("postgresql.connmanager", "sqlite.drivers")
+
+# What PostgreSQL and its client library say, and what would be right.
+_POSTGRESQL_MENDS = (
+    ("Connection refused", "is PostgreSQL running there, and are host and port right?"),
+    ("timeout expired", "is PostgreSQL running there, and are host and port right?"),
+    ("could not translate host name", "is the host's name right?"),
+    (
+        "password authentication failed",
+        "are user and password right? They are sent as they are written: %40 is no @",
+    ),
+    ("no pg_hba.conf entry", "let this user in from this machine, in the server's pg_hba.conf"),
+    ("database .* does not exist", "make it: createdb --owner=USER DATABASE"),
+    ("role .* does not exist", "make the user: createuser --pwprompt USER"),
+    (
+        "permission denied for schema",
+        "make the user the owner: ALTER DATABASE name OWNER TO user",
+    ),
+    ("starting up|shutting down|recovery mode", "try again in a moment"),
+    ("too many clients|connection slots", "raise max_connections in postgresql.conf"),
+    (
+        "Schema mismatch",
+        "keep_history stays what it was when the database was made: the URI has the other one",
+    ),
+)
 
 
 class DatabaseMissing(DepotUnavailable):
@@ -46,10 +85,43 @@ def open_database(uri: str) -> DB:
         for a locked file, which process holds it and how to let several processes in.
     """
     try:
+        _mend_packed_file(uri)
         _mend_blob_folder(uri)
     except OSError as error:
-        raise DepotUnavailable(f"the blob folder: {_one_line(error)}") from error
-    return _open(uri, _shown(uri))
+        raise DepotUnavailable(f"database {shown(uri)}: {_what_is_wrong(error, uri)}") from error
+    return _open(uri, shown(uri))
+
+
+def open_soon(uri: str) -> DB:
+    """Open a database for somebody who waits for it: for its server, some seconds at most.
+
+    Unless the URI says how long.
+
+    :raises DepotUnavailable: as :func:`open_database`.
+    """
+    limited = _with_limit(uri)
+    return open_database(uri) if limited == uri else _open(limited, shown(uri))
+
+
+def _with_limit(uri: str) -> str:
+    """Return the URI with a time in which its server has to answer."""
+    option = {"zeo": "wait_timeout", "postgres": "connect_timeout"}.get(uri.partition(":")[0])
+    place, _, query = uri.partition("?")
+    if option is None or option in dict(parse_qsl(query)):
+        return uri
+    return f"{place}?{query}&{option}={_SOON}" if query else f"{place}?{option}={_SOON}"
+
+
+def _mend_packed_file(uri: str) -> None:
+    """Put a FileStorage back that was renamed when the process that packed it was killed.
+
+    ZODB would make a new, empty one in its place.
+    """
+    path = database_file(uri)
+    if path is None or os.path.lexists(path):
+        return
+    if os.path.exists(f"{path}.old") and os.path.exists(f"{path}.pack"):
+        os.rename(f"{path}.old", path)
 
 
 def _mend_blob_folder(uri: str) -> None:
@@ -69,47 +141,161 @@ def _mend_blob_folder(uri: str) -> None:
             file.write("bushy")
 
 
-def _open(uri: str, shown: str) -> DB:
-    """Open a database; in errors it is called `shown`."""
+def _check_blob_folder(uri: str) -> None:
+    """Fail where the folder of blobs cannot be: a storage that finds out stays open, and locked.
+
+    :raises OSError: it cannot be.
+    """
+    named = blob_folder_named(uri)
+    if named is None:
+        return
+    folder = Path(named)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), named)
+    if there != folder and not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), named)
+
+
+def _open(uri: str, name: str) -> DB:
+    """Open a database; in errors it is called `name`."""
+    fault = uri_fault(uri)
+    if fault is not None:
+        raise DepotUnavailable(f"zodb_uri {name}: {fault[0]}; {fault[1]}")
     try:
         storage_factory, options = zodburi.resolve_uri(uri)
+        if uri.startswith("sqlite:"):
+            storage_factory = _relational().sqlite_factory(uri)
     except KeyError as error:
-        fault = str(error.args[0]) if error.args else ""
-        if not fault.startswith("Unrecognized"):
-            fault = f"no such kind of database: {fault}"
-        raise DepotUnavailable(f"zodb_uri {shown}: {fault}") from error
+        raise DepotUnavailable(f"zodb_uri {name}: {error.args[0]}") from error
     except (OSError, ValueError, ImportError, ZConfig.ConfigurationError) as error:
-        raise DepotUnavailable(f"zodb_uri {shown}: {_one_line(error)}") from error
+        raise DepotUnavailable(f"zodb_uri {name}: {_one_line(error)}") from error
     storage = None
     try:
-        storage = storage_factory()
-        if type(storage).__module__.startswith("relstorage."):
-            from postoffice.relational import make_outages_transient
-
-            make_outages_transient(storage)
-        return DB(storage, **options)
+        _check_blob_folder(uri)
+        with _without_warnings_of_relstorage():
+            storage = storage_factory()
+            _adopt(storage)
+            return DB(storage, **options)
     except zc.lockfile.LockError as error:
         found = _LOCKED.search(str(error))
         raise DepotUnavailable(_locked(found[1] if found else urlsplit(uri).path, uri)) from error
     except ReadOnlyError:
         # A database of which not even the root is there is written to when it is opened.
         _close(storage)
-        raise DatabaseMissing(f"database {shown} is empty") from None
+        raise DatabaseMissing(f"database {name} is empty") from None
     except FileStorageFormatError as error:
         raise DepotUnavailable(
-            f"database {shown}: {error} is no FileStorage, or is damaged; name another file, or "
+            f"database {name}: {error} is no FileStorage, or is damaged; name another file, or "
             "restore a backup"
         ) from error
-    except (POSError, OSError) as error:
-        _close(storage)
-        raise DepotUnavailable(f"database {shown}: {_one_line(error)}{_mend(uri)}") from error
     except Exception as error:
         # A storage's own driver raises errors of its own; which, only it knows.  What is not
         # known is temporary.
         _close(storage)
-        raise DepotUnavailable(
-            f"database {shown}: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        raise DepotUnavailable(f"database {name}: {_what_is_wrong(error, uri)}") from error
+
+
+def _adopt(storage: Any) -> None:
+    """Make good what a kind of storage lacks; its module is imported only where it is used."""
+    kind = type(storage).__module__.partition(".")[0]
+    if kind == "relstorage":
+        relational = _relational()
+        relational.make_outages_transient(storage)
+        relational.raise_ids(storage)
+    elif kind == "ZEO":
+        from postoffice.zeo_client import ask_for_new_ids
+
+        ask_for_new_ids(storage)
+
+
+def _relational() -> ModuleType:
+    from postoffice import relational
+
+    return relational
+
+
+@contextmanager
+def _without_warnings_of_relstorage() -> Iterator[None]:
+    """Keep RelStorage from logging, over several lines, what is raised and told anyway."""
+    here = threading.get_ident()
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    loggers = [logging.getLogger(f"relstorage.adapters.{name}") for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(is_of_another_thread)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_of_another_thread)
+
+
+def _what_is_wrong(error: Exception, uri: str) -> str:
+    """Return, in one line, what a storage met when it was opened, and what would be right."""
+    folder = _folder_at_fault(error, uri)
+    if folder is not None:
+        return f"{folder} cannot be used ({_reason(error)}); name one that this user can write to"
+    if isinstance(error, ClientDisconnected):
+        return _what_is_wrong_at(uri) if uri.startswith("zeo://") else "its ZEO server is not there"
+    said = _one_line(error)
+    if isinstance(error, POSError | OSError) or type(error).__module__.startswith("psycopg2"):
+        said = re.sub(r"^connection to server .*? failed: ", "", said).replace("FATAL: ", "")
+        said = re.split(" Is the server running| LINE 1:", said)[0]
+        for pattern, mend in _POSTGRESQL_MENDS:
+            if re.search(pattern, said):
+                return f"{said}; {mend}"
+        return said
+    return f"{type(error).__name__}: {said}"
+
+
+def _folder_at_fault(error: Exception, uri: str) -> str | None:
+    """Return the folder that an error is about, if the URI names it."""
+    data = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
+    of_sqlite = type(error).__module__.startswith(("sqlite3", "relstorage.adapters.sqlite"))
+    if of_sqlite and data and "locked" not in str(error):
+        return f"the folder of data {data}"
+    if isinstance(error, OSError) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        folders = {"blobs": blob_folder_named(uri), "data": data}
+        for kind, folder in folders.items():
+            if folder and path.is_relative_to(folder):
+                return f"the folder of {kind} {folder}"
+        for kind, folder in reversed(folders.items()):
+            if folder and Path(folder).is_relative_to(path):
+                return f"the folder of {kind} {folder}"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or one_line(error)
+
+
+def _what_is_wrong_at(uri: str) -> str:
+    """Return why a ZEO server could not be reached, and what would be right."""
+    parts = split_uri(uri)
+    unix = not parts.netloc
+    where = parts.path if unix else f"{parts.hostname}:{parts.port or _ZEO_PORT}"
+    try:
+        if unix:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_SOON)
+                connection.connect(where)
+        else:
+            address = (parts.hostname or "", parts.port or _ZEO_PORT)
+            socket.create_connection(address, _SOON).close()
+    except OSError as error:
+        said = _reason(error)
+        return (
+            f"no ZEO server at {where} ({said}); is the address right, and is its server running?"
+        )
+    return (
+        f"what answers at {where} is no ZEO server, or one that this client cannot talk to, or "
+        "asks for TLS; is the address right?"
+    )
 
 
 def open_for_inspection(uri: str) -> DB:
@@ -131,6 +317,7 @@ def open_for_inspection(uri: str) -> DB:
             raise DepotUnavailable(f"database {path}: {error.strerror}") from error
         if _is_locked(f"{path}.lock"):
             raise DepotUnavailable(_locked(path, uri))
+
         return _open(f"file://{path}?read_only=1", path)
     if uri.startswith("sqlite://"):
         folder = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
@@ -141,10 +328,8 @@ def open_for_inspection(uri: str) -> DB:
         raise DatabaseMissing(f"there is no database {missing} yet")
     if uri.startswith("zeo://"):
         joint = "&" if "?" in uri else "?"
-        options = dict(parse_qsl(uri.partition("?")[2]))
-        limit = "" if "wait_timeout" in options else f"&wait_timeout={_SOON}"
-        return _open(f"{uri}{joint}read_only=1{limit}", _shown(uri))
-    return open_database(uri)
+        return _open(_with_limit(f"{uri}{joint}read_only=1"), shown(uri))
+    return open_soon(uri)
 
 
 def _missing_file(uri: str) -> str | None:
@@ -198,18 +383,6 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return one_line(error)
-
-
-def _mend(uri: str) -> str:
-    return "; is its server running?" if uri.startswith("zeo://") else ""
-
-
-def _shown(uri: str) -> str:
-    """Return the URI without a password."""
-    parts = urlsplit(uri)
-    if parts.password:
-        return uri.replace(f":{parts.password}@", ":***@", 1)
-    return uri
 
 
 def _locked(path: str, uri: str) -> str:

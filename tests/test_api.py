@@ -151,7 +151,7 @@ def test_a_blob_folder_that_cannot_be_made_is_told(spool: Spool) -> None:
     """What stands in the way of the blob folder is a temporary error."""
     (spool.folder / "blobs" / "tmp").mkdir(parents=True)
     (spool.folder / "blobs" / ".layout").symlink_to("/nowhere/to/be/found")
-    with PostOffice(spool.ini) as office, pytest.raises(DepotUnavailable, match="blob folder"):
+    with PostOffice(spool.ini) as office, pytest.raises(DepotUnavailable, match="folder of blobs"):
         assert office.database
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from paste.deploy.loadwsgi import ConfigLoader
 
 from postoffice.config import IN_MAILDIR, Settings, find, load, set_up_logging
-from postoffice.config.database_uri import uri_fault
+from postoffice.database_uri import blob_folder_fault, shown, uri_fault
 from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
@@ -572,7 +572,7 @@ SCHEMES = ("demo", "file", "memory", "mysql", "oracle", "postgres", "sqlite", "z
         "zconfig:///x/zodb.conf#main",
         "zeo://localhost:9991?blob_dir=/x",
         "zeo:///x/zeo.sock?blob_dir=/x&shared_blob_dir=true",
-        "postgres://u:p@h/d?blob_dir=/x",
+        "postgres://u:p@h:5432/d?blob_dir=/x",
         "mysql://u:p@h/d?blob_dir=/x",
         "sqlite:///?data_dir=/x&blob_dir=/y",
         "memory://x",
@@ -582,6 +582,7 @@ SCHEMES = ("demo", "file", "memory", "mysql", "oracle", "postgres", "sqlite", "z
 def test_uris_that_are_right(uri: str) -> None:
     """Any kind of database that zodburi knows can be named."""
     assert uri_fault(uri, SCHEMES, lambda module: True) is None
+    assert blob_folder_fault(uri) is None
 
 
 @pytest.mark.parametrize(
@@ -592,7 +593,16 @@ def test_uris_that_are_right(uri: str) -> None:
         ("file:///x/Data.fs?blobstorage_dir=", "file:///x/Data.fs?blobstorage_dir=/x/blobs"),
         ("file:/x/Data.fs", "file://x/Data.fs"),
         ("zeo://localhost:9991", "zeo://localhost:9991?blob_dir="),
-        ("postgres://u:p@h/d", "postgres://u:***@h/d?blob_dir="),
+        ("postgres://u:p@h:1/d", "postgres://u:***@h:1/d?blob_dir="),
+        ("postgres://u:p@h/d?blob_dir=/x", "write postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://u:p@h:1?blob_dir=/x", "write postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://h:1/d?blob_dir=/x", "write postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://u:p@:1/d?blob_dir=/x", "write postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://u:p@h:1x/d?blob_dir=/x", "write postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://u:p@h:65536/d?blob_dir=/x", "USER:PASSWORD@HOST:5432/DATABASE"),
+        ("postgres://u:p'p@h:1/d?blob_dir=/x", "a dsn, and that file by zconfig://"),
+        ("postgres://u:p/p@h:1/d?blob_dir=/x", "a dsn, and that file by zconfig://"),
+        ("sqlite:///?blob_dir=/x", "write sqlite:///?data_dir=FOLDER&blob_dir=FOLDER"),
         ("sqlite:///?data_dir=/x", "sqlite:///?data_dir=/x&blob_dir=/x/blobs"),
         ("postgresql://u:p@h/d", "write postgres://u:***@h/d"),
         ("FILE:///x", "write file:///x"),
@@ -604,9 +614,29 @@ def test_uris_that_are_right(uri: str) -> None:
 )
 def test_uris_that_are_wrong(uri: str, mend: str) -> None:
     """The mend shows the very URI to write, or what there is to choose from."""
-    fault = uri_fault(uri, SCHEMES, lambda module: True)
+    fault = uri_fault(uri, SCHEMES, lambda module: True) or blob_folder_fault(uri)
     assert fault is not None
     assert mend in fault[1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "shows"),
+    [
+        ("postgres://u:secret@h:1/d", "postgres://u:***@h:1/d"),
+        ("postgres://u:sec@ret@h:1/d?blob_dir=/x@y", "postgres://u:***@h:1/d?blob_dir=/x@y"),
+        ("postgres://u:sec/ret@h:1/d", "postgres://u:***@h:1/d"),
+        ("postgres://u:sec?ret@h:1/d", "postgres://u:***@h:1/d"),
+        ("postgres://u@h:1/d", "postgres://u@h:1/d"),
+        ("zeo://h:9991?blob_dir=/x@y", "zeo://h:9991?blob_dir=/x@y"),
+        ("zeo://h:9991?password=secret&blob_dir=/x", "zeo://h:9991?password=***&blob_dir=/x"),
+        ("file:///x/Data.fs?blobstorage_dir=/y", "file:///x/Data.fs?blobstorage_dir=/y"),
+    ],
+)
+def test_a_uri_is_shown_without_its_password(uri: str, shows: str) -> None:
+    """Whatever a password consists of, none of it is shown, and all else is."""
+    assert shown(uri) == shows
+    fault = uri_fault(uri, SCHEMES, lambda module: True) or blob_folder_fault(uri)
+    assert "sec" not in str(fault)
 
 
 def test_a_missing_package_is_named() -> None:

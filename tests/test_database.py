@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from postoffice.database import DatabaseMissing, open_database, open_for_inspection
+from postoffice import database
+from postoffice.database import DatabaseMissing, open_database, open_for_inspection, open_soon
 from postoffice.exceptions import DepotUnavailable, TemporaryError
-from tests.depots import file_depot
+from tests.depots import file_depot, sqlite_depot, zeo_depot
+from tests.postgresql import PASSWORD, USER, PostgreSQL, ServerMissing, shared_server
 
 HOLDS = """
 import sys
@@ -37,9 +41,9 @@ def test_a_database_opens(tmp_path: Path) -> None:
     """A URI of a file opens it with its blobs, and closing it removes the lock."""
     with file_depot(tmp_path) as depot:
         uri = depot.uri
-    database = open_database(uri)
-    assert "postoffice" in database.open().root()
-    database.close()
+    opened = open_database(uri)
+    assert "postoffice" in opened.open().root()
+    opened.close()
     open_database(uri).close()
 
 
@@ -61,23 +65,155 @@ def test_a_locked_database_names_its_holder(tmp_path: Path) -> None:
     open_database(uri).close()
 
 
-def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
-    """An unknown kind, a missing folder, a server that is not there: one line each."""
-    for uri, part in (
-        ("nonsense://x", "no such kind of database"),
-        (f"file://{tmp_path}/missing/depot.fs", "missing"),
-        (f"zconfig://{tmp_path}/missing.conf#main", "missing.conf"),
-        ("zeo://localhost:1?wait_timeout=1", "localhost:1"),
-    ):
-        said = refused(uri)
-        assert part in said
-        assert "\n" not in said
-
-
-def test_no_password_is_shown() -> None:
-    """A password in a URI does not come back in an error."""
-    said = refused("postgres://user:secret@localhost:1/db?connect_timeout=1")
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("nonsense://x", ["no scheme 'nonsense'; use one of: demo, file"]),
+        ("file://{here}/missing/depot.fs", ["{here}/missing"]),
+        ("zconfig://{here}/missing.conf#main", ["{here}/missing.conf"]),
+        (
+            "file://{here}/depot.fs?blobstorage_dir={here}/plain/blobs",
+            ["the folder of blobs {here}/plain/blobs cannot be used (Not a directory)"],
+        ),
+        (
+            "zeo://localhost:1?wait_timeout=1",
+            ["no ZEO server at localhost:1 (Connection refused); is the address right, "],
+        ),
+        (
+            "zeo://{here}/zeo.sock?wait_timeout=1",
+            ["no ZEO server at {here}/zeo.sock (No such file or directory); is the address "],
+        ),
+        (
+            "zeo://no.such.host.invalid:9991?wait_timeout=1",
+            ["no ZEO server at no.such.host.invalid:9991 ("],
+        ),
+        (
+            "zeo://localhost:1?wait_timeout=1&blob_dir={here}/plain/blobs",
+            ["the folder of blobs {here}/plain/blobs cannot be used (Not a directory)"],
+        ),
+        (
+            "sqlite:///?data_dir={here}/plain/data&blob_dir={here}/blobs",
+            ["the folder of data {here}/plain/data cannot be used (Not a directory)"],
+        ),
+        (
+            "sqlite:///?data_dir={here}/plain&blob_dir={here}/blobs",
+            ["the folder of data {here}/plain cannot be used", "name one that this user can write"],
+        ),
+        (
+            "sqlite:///?data_dir={here}/data&blob_dir={here}/plain",
+            ["the folder of blobs {here}/plain cannot be used (Not a directory)"],
+        ),
+        ("sqlite:///?blob_dir={here}/blobs", ["no folder for the data; write sqlite:///?data_dir"]),
+        (
+            "postgres://user:secret@localhost:1/db",
+            ["database postgres://user:***@localhost:1/db: Connection refused; is PostgreSQL runn"],
+        ),
+        (
+            "postgres://user:secret@no.such.host.invalid:5432/db",
+            ['host name "no.such.host.invalid"', "is the host's name right?"],
+        ),
+        ("postgres://user:secret@localhost/db", ["it names no port", "@HOST:5432/DATABASE"]),
+        ("postgres://user:secret@localhost:1/db?such=1", ["keyword(s): such"]),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, uri: str, parts: list[str]
+) -> None:
+    """Which database, what is wrong and what would be right, in one line without a password."""
+    (tmp_path / "plain").write_text("no folder")
+    said = refused(uri.format(here=tmp_path))
+    for part in parts:
+        assert part.format(here=tmp_path) in said
+    assert "\n" not in said
     assert "secret" not in said
+    assert caplog.records == []
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> PostgreSQL:
+    """A PostgreSQL server, which this test process shares."""
+    try:
+        return shared_server()
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+
+
+def test_what_postgresql_refuses_is_said_in_one_line(
+    postgresql: PostgreSQL, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Passwords, databases, rights and kinds that are not right are told apart, and mended."""
+    name = postgresql.new_database()
+    uri = postgresql.uri(name, tmp_path / "blobs")
+    open_database(uri).close()
+    postgresql.execute("CREATE ROLE guest LOGIN PASSWORD 'sesame'")
+    for wrong, parts in (
+        (
+            uri.replace(f":{PASSWORD}@", ":secret@"),
+            ["postgres://postoffice:***@", "authentication failed", "are user and password right?"],
+        ),
+        (uri.replace(f":{PASSWORD}@", "@"), ["are user and password right?"]),
+        (uri.replace(f"/{name}?", "/other?"), ['database "other" does not exist; make it: crea']),
+        (
+            uri.replace(f"//{USER}:", "//guest:").replace(f"/{name}?", "/postgres?"),
+            ["permission denied for schema public; make the user the owner"],
+        ),
+        (f"{uri}&keep_history=false", ["keep_history stays what it was when the database was"]),
+        (
+            postgresql.uri(name, Path("/proc/blobs")),
+            ["the folder of blobs /proc/blobs cannot be used (No such file or directory)"],
+        ),
+    ):
+        said = refused(wrong)
+        assert [part for part in parts if part not in said] == [], said
+        assert "\n" not in said
+        assert "secret" not in said
+        assert PASSWORD not in said
+    assert caplog.records == []
+
+
+def test_who_is_no_zeo_server_is_told(tmp_path: Path) -> None:
+    """Something else that listens at the address of a ZEO server is not taken for one."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        said = refused(f"zeo://{address}?wait_timeout=1")
+    assert f"what answers at {address} is no ZEO server" in said
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An application that names a database without its driver is told what to install."""
+    for module in ("psycopg2", "psycopg2cffi", "pg8000"):
+        monkeypatch.setitem(sys.modules, module, None)
+    said = refused("postgres://user:secret@localhost:1/db")
+    assert said == (
+        "zodb_uri postgres://user:***@localhost:1/db: postgres:// needs the module psycopg2 or "
+        "psycopg2cffi or pg8000, which is not installed; run pip install 'postoffice[relstorage]'"
+    )
+
+
+def test_somebody_who_waits_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a command at a terminal a server that is away is waited for a few seconds, not for 30."""
+    monkeypatch.setattr(database, "_SOON", 1)
+    for opening in (open_soon, open_for_inspection):
+        started = time.monotonic()
+        with pytest.raises(DepotUnavailable, match="no ZEO server at localhost:1"):
+            opening("zeo://localhost:1")
+        assert time.monotonic() - started < 25
+
+
+def test_opening_soon_opens_as_any_other(tmp_path: Path) -> None:
+    """What needs no server is opened the same way; a limit that the URI has stays."""
+    for open_depot in (file_depot, sqlite_depot, zeo_depot):
+        folder = tmp_path / open_depot.__name__
+        folder.mkdir()
+        with open_depot(folder) as depot:
+            uri = depot.uri
+            if open_depot is zeo_depot:
+                open_soon(f"{uri}&wait_timeout=10").close()
+                open_soon(uri).close()
+        if open_depot is not zeo_depot:
+            open_soon(uri).close()
 
 
 def test_a_refusal_leaves_nothing_open(tmp_path: Path) -> None:

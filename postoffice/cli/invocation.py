@@ -77,15 +77,24 @@ class Invocation:
     @contextmanager
     def post_office(self) -> Iterator[PostOffice]:
         """Give the post office of the configuration file, with logging set up, and close it."""
+        from postoffice.database import open_database
+
+        with self._opened_by(open_database) as post_office:
+            yield post_office
+
+    @contextmanager
+    def _opened_by(self, opener: Callable[[str], Any]) -> Iterator[PostOffice]:
         from postoffice.api import PostOffice
 
         settings = self.settings()
-        with self.logs(settings), PostOffice(settings) as post_office:
+        with self.logs(settings), PostOffice(settings, opener) as post_office:
             yield post_office
 
     @contextmanager
     def existing_depot(self) -> Iterator[PostOffice]:
-        """Give the post office as :meth:`post_office` does, but make no database of a file.
+        """Give the post office as :meth:`post_office` does, for somebody who waits.
+
+        It makes no database of a file, and waits some seconds only for a server.
 
         :raises postoffice.exceptions.FolderMissing: there is none yet.
         :raises postoffice.exceptions.DepotUnavailable: the database fails, now or in between.
@@ -93,10 +102,10 @@ class Invocation:
         """
         from ZODB.POSException import POSError
 
-        from postoffice.database import database_file
+        from postoffice.database import database_file, open_soon
         from postoffice.exceptions import DepotUnavailable, FolderMissing
 
-        with self.post_office() as post_office:
+        with self._opened_by(open_soon) as post_office:
             path = database_file(post_office.settings.zodb_uri)
             if path is not None:
                 try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,25 @@ import ZEO
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
+from postoffice.database import open_database
 from postoffice.depot.folder import QueuesFolder, find_folder, make_folder
 from postoffice.depot.queue import QueueRecord
 from postoffice.queue import Queue, find_queue
+from tests.postgresql import ServerMissing, shared_server
 
-__all__ = ["QUEUE", "Depot", "Seat", "file_depot", "mail", "subjects", "zeo_depot"]
+__all__ = [
+    "QUEUE",
+    "STORAGES",
+    "Depot",
+    "Seat",
+    "file_depot",
+    "mail",
+    "postgresql_depot",
+    "sqlite_depot",
+    "subjects",
+    "zeo_depot",
+    "zeo_socket_depot",
+]
 
 QUEUE = "app"
 MAILS = Path(__file__).parent / "mail"
@@ -81,20 +97,47 @@ class Depot:
         self.uri = uri
         self._open = open_database
         self._seats: list[Seat] = []
-        with contextlib.closing(self.seat()) as seat:
+        database = open_database()
+        with contextlib.closing(Seat(database)) as seat:
             make_folder(seat.connection.root(), "postoffice").make(QUEUE)
             seat.commit()
-        self._seats.clear()
+        self._unseated = [database]
 
     def seat(self) -> Seat:
         """Open another view of the depot."""
-        seat = Seat(self._open())
+        seat = Seat(self._unseated.pop() if self._unseated else self._open())
         self._seats.append(seat)
         return seat
 
     def close(self) -> None:
         for seat in self._seats:
             seat.close()
+
+
+@contextlib.contextmanager
+def _opened(
+    client: Callable[[], DB], uri: str, at_end: Callable[[DB], object] = lambda database: None
+) -> Iterator[Depot]:
+    """Open a depot whose seats are clients of their own, as other processes would be.
+
+    :param at_end: is called with the first client when all seats are closed.
+    """
+    databases: list[DB] = []
+
+    def database() -> DB:
+        databases.append(client())
+        return databases[-1]
+
+    try:
+        depot = Depot(database, uri)
+        try:
+            yield depot
+        finally:
+            depot.close()
+        at_end(databases[0])
+    finally:
+        for opened in databases:
+            opened.close()
 
 
 @contextlib.contextmanager
@@ -111,33 +154,87 @@ def file_depot(folder: Path) -> Iterator[Depot]:
 
 
 @contextlib.contextmanager
-def zeo_depot(folder: Path) -> Iterator[Depot]:
-    """Open a depot behind a ZEO server; each of its seats is a client of its own."""
+def _zeo_depot(folder: Path, port: int | str) -> Iterator[Depot]:
     blobs = folder / "blobs"
-    address, stop = ZEO.server(path=str(folder / "depot.fs"), blob_dir=str(blobs))
-    databases: list[DB] = []
+    address, stop = ZEO.server(path=str(folder / "depot.fs"), blob_dir=str(blobs), port=port)
+    where = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
     def client() -> DB:
-        databases.append(
-            ZEO.DB(address, blob_dir=str(blobs), shared_blob_dir=True, server_sync=True)
-        )
-        return databases[-1]
+        return ZEO.DB(address, blob_dir=str(blobs), shared_blob_dir=True, server_sync=True)
 
-    host, port = address
-    depot = Depot(client, f"zeo://{host}:{port}?blob_dir={blobs}&shared_blob_dir=true")
     try:
-        yield depot
+        with _opened(client, f"zeo://{where}?blob_dir={blobs}&shared_blob_dir=true") as depot:
+            yield depot
     finally:
-        depot.close()
-        for database in databases:
-            database.close()
         stop()
 
 
-@pytest.fixture(params=[file_depot, zeo_depot], ids=["FileStorage", "ZEO"])
+@contextlib.contextmanager
+def zeo_depot(folder: Path) -> Iterator[Depot]:
+    """Open a depot behind a ZEO server on TCP."""
+    with _zeo_depot(folder, 0) as depot:
+        yield depot
+
+
+@contextlib.contextmanager
+def zeo_socket_depot(folder: Path) -> Iterator[Depot]:
+    """Open a depot behind a ZEO server on a unix socket."""
+    # The folders of tests have names that are too long for a socket.
+    with (
+        tempfile.TemporaryDirectory(prefix="zeo") as place,
+        _zeo_depot(folder, f"{place}/socket") as depot,
+    ):
+        yield depot
+
+
+@contextlib.contextmanager
+def postgresql_depot(folder: Path, **options: str) -> Iterator[Depot]:
+    """Open a depot in a database of PostgreSQL's, each seat with a folder of blobs of its own.
+
+    :param options: of the URI, such as ``keep_history="false"``.
+    """
+    try:
+        server = shared_server()
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+    # To empty a database takes a quarter of the time that a new one takes.
+    spare = server.spare[tuple(options.items())]
+    name = spare.pop() if spare else server.new_database()
+    folders = (folder / "blobs" / f"client{number}" for number in itertools.count(1))
+
+    def client() -> DB:
+        return open_database(server.uri(name, next(folders), **options))
+
+    def empty(database: DB) -> None:
+        database.storage.zap_all(slow=True)  # which deletes rows, and needs no lock
+        spare.append(name)
+
+    with _opened(client, server.uri(name, folder / "blobs" / "others", **options), empty) as depot:
+        yield depot
+
+
+@contextlib.contextmanager
+def sqlite_depot(folder: Path) -> Iterator[Depot]:
+    """Open a depot in a RelStorage on SQLite."""
+    uri = f"sqlite:///?data_dir={folder}/depot&blob_dir={folder}/blobs&shared_blob_dir=true"
+    with _opened(lambda: open_database(uri), uri) as depot:
+        yield depot
+
+
+#: How to open a depot in each kind of storage.
+STORAGES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Depot]]] = {
+    "FileStorage": file_depot,
+    "ZEO": zeo_depot,
+    "ZEO-socket": zeo_socket_depot,
+    "PostgreSQL": postgresql_depot,
+    "SQLite": sqlite_depot,
+}
+
+
+@pytest.fixture(params=STORAGES)
 def depot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Depot]:
-    """A depot in a FileStorage, then one behind a ZEO server."""
-    with request.param(tmp_path) as opened:
+    """A depot in each kind of storage."""
+    with STORAGES[request.param](tmp_path) as opened:
         yield opened
 
 

@@ -24,6 +24,7 @@ _CONFIGURATION = """\
 </filestorage>
 """
 _LONGEST_SECONDS = 30
+_LINGER_SECONDS = 10
 
 
 def free_port() -> int:
@@ -87,11 +88,16 @@ class ZeoServer:
             return one.connect_ex(where) == 0
 
     def stop(self, how: str = "SIGTERM") -> None:
-        """Send it this signal, and wait for its end."""
-        if self._process is not None:
-            self._process.send_signal(signal.Signals[how])
-            self._process.wait(_LONGEST_SECONDS)
-            self._process = None
+        """Send it this signal, and wait for its end; one that lingers is killed, as by systemd."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.Signals[how])
+        try:
+            self._process.wait(_LINGER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
 
     def __enter__(self) -> ZeoServer:
         """Start it."""

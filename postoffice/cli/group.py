@@ -32,6 +32,7 @@ _MODULES = {
     "discard": "quarantine",
     "release": "releasing",
     "consume": "consuming",
+    "pack": "packing",
     "debug": "debugging",
 }
 _EX_INTERRUPTED = 130

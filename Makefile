@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RUNTIME := $(VENV)/runtime.stamp
+BENCH := $(VENV)/bench.stamp
 DEVELOPMENT := $(VENV)/development.stamp
 
 DEMO := demo/run.py
-BENCHMARKS := benchmarks/import.py benchmarks/consume.py benchmarks/bodies.py
+BENCHMARKS := benchmarks/import.py benchmarks/consume.py benchmarks/bodies.py \
+    benchmarks/concurrency.py benchmarks/growth.py
 DOCS := build/docs
 
 .DEFAULT_GOAL := help
@@ -37,7 +39,7 @@ docs: $(DEVELOPMENT) ## build the documents and run their examples
 torture: $(DEVELOPMENT) ## run the tests that take long: sweeps of kills, soaks
 	$(BIN)/python -m pytest -m torture
 
-bench: $(RUNTIME) ## measure importing and consuming
+bench: $(BENCH) ## measure importing and consuming
 	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
 
 clean: ## remove the environment and everything built or cached
@@ -61,6 +63,10 @@ $(BIN)/python:
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
+
+$(BENCH): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[bench]'
+	@touch $(RUNTIME) $@
 
 $(DEVELOPMENT): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'

@@ -582,6 +582,25 @@ def test_what_the_journal_names_is_archived_and_not_imported(
     assert len(spool.archived()) == 4
 
 
+def test_a_file_is_known_though_a_consumer_has_read_its_blob(spool: Spool) -> None:
+    """What a float loses of a file's time makes no other file of one that was stored."""
+    spool.put(large("read meanwhile"), "name")
+    path = spool.maildir / "new" / "name"
+    time_ns = 1_795_292_404_557_197_344
+    os.utime(path, ns=(time_ns, time_ns))
+    blocked = spool.maildir / f".{local_day(time.time()):%Y.%m.%d}"
+    blocked.write_bytes(b"in the way")
+    with pytest.raises(OSError, match=r"exists|Not a directory"):
+        spool.run()
+    # As RelStorage and ZEO's client do to a blob, which this file is, when it is opened.
+    os.utime(path, (time.time(), path.stat().st_mtime))
+    assert path.stat().st_mtime_ns != time_ns
+    blocked.unlink()
+    outcome = spool.run()
+    assert outcome.dropped == 1
+    assert outcome.counts == {}
+
+
 def test_a_full_archive_stops_the_run_and_loses_nothing(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

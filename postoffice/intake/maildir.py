@@ -41,7 +41,13 @@ from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable, PostofficeError, TemporaryError
 from postoffice.intake.archive import Archive, Failure, local_day
-from postoffice.intake.reader import SpoolFile, Unreadable, arrival, open_spool_file
+from postoffice.intake.reader import (
+    SpoolFile,
+    Unreadable,
+    arrival,
+    is_same_time,
+    open_spool_file,
+)
 from postoffice.intake.reading import ReaderProcess
 from postoffice.queue import BLOB_SIZE
 
@@ -286,7 +292,10 @@ class MaildirImport:
 
     def _drop(self, names: Mapping[str, str]) -> Iterator[str]:
         """Take the files of these identities out of the spool, whatever became of their flags."""
-        known = {identity.partition("/")[0] for identity in names}
+        known: dict[str, list[tuple[int, int, str]]] = {}
+        for text, target in names.items():
+            name, arrived, size = text.rsplit("/", 2)
+            known.setdefault(name, []).append((int(arrived), int(size), target))
         for folder in (
             str(self._maildir.path / "new"),
             str(self._maildir.path / "cur"),
@@ -304,7 +313,14 @@ class MaildirImport:
                     status = os.lstat(path)
                 except FileNotFoundError:
                     continue
-                place = names.get(identity(name, arrival(status), status.st_size))
+                place = next(
+                    (
+                        place
+                        for arrived, size, place in known[unique(name)]
+                        if size == status.st_size and is_same_time(arrived, arrival(status))
+                    ),
+                    None,
+                )
                 if place is not None and self._archive.take(path, place):
                     if folder == self._archive.failed:
                         self._archive.forget_failure(name)

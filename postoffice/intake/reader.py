@@ -23,6 +23,7 @@ __all__ = [
     "SpoolFile",
     "Unreadable",
     "arrival",
+    "is_same_time",
     "open_message",
     "open_spool_file",
 ]
@@ -34,6 +35,9 @@ _NO_FILE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO})
 
 # Any time, with what is added to it, fits into 63 bits of nanoseconds.
 _LATEST = 1 << 62
+
+# Nanoseconds; a float of today's seconds is exact to a quarter of that.
+_FLOAT_ERROR = 1000
 
 # Whose fault it is: the file's, so that it is set aside, rather than the machine's.
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENODATA, errno.EOVERFLOW})
@@ -140,6 +144,15 @@ def arrival(status: os.stat_result) -> int:
     return min(max(status.st_mtime_ns, 0), _LATEST)
 
 
+def is_same_time(one: int, other: int) -> bool:
+    """Tell whether two times of a file, in nanoseconds, are the same but for what a float loses.
+
+    Storages set the time of a blob's last reading, and with it the time of its last change as the
+    float that they have read, on a file that may still be in the spool by another name.
+    """
+    return abs(one - other) < _FLOAT_ERROR
+
+
 def open_spool_file(file: SpoolFile) -> int | None:
     """Return a descriptor of a file as it was listed; ``None`` if it is another one by now.
 
@@ -154,9 +167,10 @@ def open_spool_file(file: SpoolFile) -> int | None:
             return None
         raise
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and (arrival(status), status.st_size) == (
-        file.arrived,
-        file.size,
+    if (
+        stat.S_ISREG(status.st_mode)
+        and status.st_size == file.size
+        and is_same_time(arrival(status), file.arrived)
     ):
         return descriptor
     os.close(descriptor)

@@ -292,8 +292,8 @@ class Taking:
             lambda place: record.get(place) is not None,
             after=work.claimed_to,
         )
-        self._claimed = len(self._ready)
         if self._ready:
+            self._claimed = len(self._ready)
             record.prefetch(self._ready)
             deferred = len(record.lanes)
             work.claimed_to = max(

@@ -74,7 +74,7 @@ def test_each_message_exactly_once(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("seed", [7, 8])
+@pytest.mark.parametrize("seed", [7])
 def test_each_message_exactly_once_for_long(any_server: Server, tmp_path: Path, seed: int) -> None:
     """The same holds over 20,000 messages, with a hundred kills and twenty restarts."""
     blows = plan(seed, messages=20_000, kills=50, restarts=20, how=any_server.how)

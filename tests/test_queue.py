@@ -194,6 +194,21 @@ def test_a_holder_that_is_gone_holds_nothing(depot: Depot, one: Seat) -> None:
     assert sum(int(lane.length()) for lane in one.record.lanes) == 0
 
 
+def test_a_transaction_may_drain_its_queue(one: Seat, caplog: pytest.LogCaptureFixture) -> None:
+    """One transaction that takes all there is, and asks for more, ends as any other does."""
+    one.add("a", "b", "c")
+    one.begin()
+    assert [take(one) for _ in range(3)] == ["a", "b", "c"]
+    assert not one.queue
+    one.commit()
+    one.add("d")
+    one.begin()
+    assert take(one) == "d"
+    one.commit()
+    assert look(one) == ([], [])
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_truth_is_a_promise_among_consumers(one: Seat, two: Seat) -> None:
     """Once a queue said that it has a message to take, no other consumer takes that one."""
     one.add("a")

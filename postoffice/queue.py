@@ -375,7 +375,10 @@ class Queue:
         self._connection.add(blob)
         if isinstance(raw, bytes):
             with blob.open("w") as file:
-                file.write(raw)
+                # The file is unbuffered: on a nearly full disk it takes a part, without an error.
+                rest = memoryview(raw)
+                while rest:
+                    rest = rest[file.write(rest) :]
         else:
             raw(blob)
         work = self.taking.work()

@@ -14,13 +14,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import transaction
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
 
+from postoffice.depot.folder import make_folder
 from postoffice.exceptions import PostofficeError
-from postoffice.queue import BLOB_SIZE
+from postoffice.queue import BLOB_SIZE, find_queue
 from tests.crash_import import BUSY, DEFECT, FAILED, ImportServer
 from tests.spools import FILE_STORAGE, Spool, Stored, digest, large, mail, other_file_system
 
@@ -684,3 +689,32 @@ def test_a_full_disk(tmp_path: Path, server: ImportServer, small_disk: Path, wha
     assert stored.queues["all"] == expected
     assert stored.archived == expected
     assert not stored.left
+
+
+def test_a_full_disk_cuts_no_message_short(small_disk: Path) -> None:
+    """A large message that an application adds is stored whole, or not at all."""
+    blobs = small_disk / "blobs"
+    with closing(DB(FileStorage(str(small_disk / "depot.fs"), blob_dir=str(blobs)))) as database:
+        manager = transaction.TransactionManager()
+        connection = database.open(manager)
+        make_folder(connection.root(), "postoffice").make("app")
+        manager.commit()
+        queue = find_queue(connection.root(), "app")
+        raw = b"Subject: large\n\n" + b"x" * BLOB_SIZE
+        for _ in range(10):
+            try:
+                queue.add(raw)
+                manager.commit()
+            except OSError:
+                manager.abort()
+                break
+            # What is left of the disk gets less, to below the size of a message.
+            with open(small_disk / "others", "ab", buffering=0) as file:
+                file.write(b"x" * 30_000)
+        else:
+            pytest.fail("the disk did not fill up")
+        manager.begin()
+        assert len(queue) >= 1
+        assert all(message.raw == raw for message in queue)
+        manager.abort()
+        connection.close()

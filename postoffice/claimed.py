@@ -83,7 +83,7 @@ class ClaimedMessage:
 
     def defer(self, seconds: float, error: Any = None) -> None:
         """See :meth:`postoffice.interfaces.IClaimedMessage.defer`."""
-        due = time.time_ns() + int(seconds * 1_000_000_000)
+        due = time.time_ns() + int(float(seconds) * 1_000_000_000)
         text = None if error is None else error_text(error)
         if not self._claims.defer(self.place, due, text):
             raise self._lost()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from transaction import TransactionManager
-from transaction.interfaces import TransientError
+from ZODB.POSException import ConflictError
 
 from postoffice.depot.lane import FIRST, Claim, Place, claim_of
 from postoffice.depot.queue import QueueRecord
@@ -396,7 +396,8 @@ class Claims:
             try:
                 with manager:
                     return work(connection.get(self._oid))
-            except TransientError:
+            except ConflictError:
+                # Whatever else passes is an outage, which is for the caller to wait for.
                 if attempt == _ATTEMPTS:
                     raise
             finally:

@@ -61,7 +61,8 @@ _MOST_AT_ONCE = 50
 _BATCH_SECONDS = 1.0
 _IDLE_SECONDS = 0.5
 # How often a message is tried again at once after transient errors.
-_RETRIES = 8
+_RETRIES = 16
+_LONGEST_PAUSE = 1.0
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 
 
@@ -114,6 +115,7 @@ def consume(
     :raises postoffice.exceptions.DepotUnavailable: the database cannot be opened now.
     :raises postoffice.exceptions.QueueMissing: there is no such queue, or it was removed.
     :raises postoffice.exceptions.HandlerError: the handler cannot be called with a message.
+    :raises ValueError: a number is too small; a :exc:`TypeError` if it is none.
     """
     with _consumer(
         db_or_uri, queue_name, handler, path, transaction_manager, max_attempts, retry_delay, lease
@@ -156,10 +158,27 @@ def _consumer(
 ) -> Iterator[_Consumer]:
     if manager is None:
         manager = transaction.manager
-    given = {"max_attempts": max_attempts, "retry_delay": retry_delay, "lease": lease}
+    given: dict[str, Any] = {
+        "max_attempts": max_attempts,
+        "retry_delay": retry_delay,
+        "lease": lease,
+    }
     given = {name: value for name, value in given.items() if value is not None}
+    _check_policy(Policy()._replace(**given))
     with open_queue(db_or_uri, queue_name, path, manager) as queue:
         yield _Consumer(queue, manager, handler, given)
+
+
+def _check_policy(policy: Policy) -> None:
+    """Refuse what no message could be treated by.
+
+    :raises ValueError: a number is too small.
+    :raises TypeError: one is no number.
+    """
+    if policy.max_attempts < 1 or policy.retry_delay < 0 or policy.lease <= 0:
+        raise ValueError(
+            "max_attempts is at least 1, retry_delay not below 0, and lease more than 0 seconds"
+        )
 
 
 def _takes_connection(handler: Handler) -> bool:
@@ -172,10 +191,16 @@ def _takes_connection(handler: Handler) -> bool:
     if inspect.iscoroutinefunction(handler):
         raise HandlerError(_NOT_AWAITED)
     try:
-        return "connection" in inspect.signature(handler).parameters
+        signature = inspect.signature(handler)
     except ValueError:
         # Functions written in C need not tell.
         return False
+    wants = "connection" in signature.parameters
+    try:
+        signature.bind(None, **({"connection": None} if wants else {}))
+    except TypeError as error:
+        raise HandlerError(f"{handler!r} cannot be called with a message: {error}") from None
+    return wants
 
 
 class _Consumer:
@@ -212,8 +237,14 @@ class _Consumer:
                         self._work_off(held, stopped)
                     elif not wait():
                         break
+                if self._signalled:
+                    log.info("queue %r: told to stop", self._queue.name)
             finally:
-                self._queue.release_claims()
+                if self._outage.lasts:
+                    # Others find out that this process has ended.
+                    self._queue.abandon_claims()
+                else:
+                    self._queue.release_claims()
         return self._counts
 
     def wait_for_mail(self) -> bool:
@@ -281,7 +312,7 @@ class _Consumer:
 
     def _process(self, held: ClaimedMessage, stopped: Callable[[], bool]) -> None:
         """Work on one message until something has become of it."""
-        tries = 0
+        tries = outages = unnoted = 0
         in_doubt = False
         while True:
             tries += 1
@@ -320,15 +351,22 @@ class _Consumer:
             in_doubt = committing and not isinstance(error, ConflictError)
             if tries < _RETRIES and not isinstance(error, POSKeyError):
                 if isinstance(error, ConflictError):
-                    time.sleep(random.uniform(0, 0.002 * 2**tries))  # noqa: S311  # spreads
+                    _pause(tries)
                 elif not self._is_ours_still(held, error, stopped):
                     return
+                else:
+                    # The conflicts before an outage have nothing to do with those after it.
+                    outages += 1
+                    tries = outages
                 continue
             try:
                 self._fail(held, error)
             except MessageTaken as taken:
                 log.info("queue %r: %s", self._queue.name, taken)
             except Exception as raised:
+                unnoted += 1
+                if unnoted > _RETRIES:
+                    raise
                 # With the database away it is no wonder that the handler failed.
                 tries = 0
                 if self._is_ours_still(held, raised, stopped):
@@ -351,6 +389,8 @@ class _Consumer:
         self._outage.note(error)
         while True:
             self._outage.wait(stopped)
+            if stopped():
+                return False
             try:
                 held.renew(self._policy.lease)
             except MessageTaken:
@@ -359,8 +399,6 @@ class _Consumer:
                 return True
             except Exception as again:
                 self._outage.note(again)
-                if stopped():
-                    return False
             else:
                 self._outage.over()
                 return True
@@ -406,7 +444,7 @@ class _Consumer:
             except BaseException:
                 self._abort()
                 raise
-            time.sleep(random.uniform(0, 0.002 * 2**attempt))  # noqa: S311  # spreads
+            _pause(attempt)
 
     def _report(
         self, held: ClaimedMessage, text: str, failures: int, where: str, error: Exception | None
@@ -442,6 +480,12 @@ _NOT_AWAITED = "the handler is a coroutine function; give a plain one, which may
 _NOBODY_TOLD = "the processes that had it in hand ended, or did not finish in time"
 
 
+def _pause(tries: int) -> None:
+    """Let whoever was in the way get on, longer each time."""
+    most = min(0.002 * 2**tries, _LONGEST_PAUSE)
+    time.sleep(random.uniform(0, most))  # noqa: S311  # spreads, hides nothing
+
+
 class _Outage:
     """The storage's being away: logged once, waited for with growing delay."""
 
@@ -454,13 +498,17 @@ class _Outage:
         """Take note of one more failure."""
         if self._failures == 0:
             self._since = time.monotonic()
-        if self._failures == _QUIET_FAILURES:
             log.warning(
                 "queue %r: the database does not answer: %s; waiting for it",
                 self._queue_name,
                 printable(f"{type(error).__name__}: {one_line(error)}"),
             )
         self._failures += 1
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the storage did not answer when it was last asked."""
+        return self._failures > 0
 
     def wait(self, stopped: Callable[[], bool]) -> None:
         """Wait, longer each time, but not beyond the time to stop."""
@@ -471,14 +519,10 @@ class _Outage:
 
     def over(self) -> None:
         """Take note that it answers."""
-        if self._failures > _QUIET_FAILURES:
+        if self._failures:
             log.warning(
                 "queue %r: the database answers again after %.0f s",
                 self._queue_name,
                 time.monotonic() - self._since,
             )
         self._failures = 0
-
-
-# One failure alone is nothing to tell of.
-_QUIET_FAILURES = 1

@@ -27,12 +27,13 @@ from ZODB.POSException import POSError, ReadOnlyError
 
 from postoffice.database_uri import blob_folder_named, shown, split_uri, uri_fault
 from postoffice.display import one_line, printable
-from postoffice.exceptions import DepotUnavailable
+from postoffice.exceptions import DepotMisconfigured, DepotUnavailable
 
 __all__ = [
     "DatabaseMissing",
     "blob_folder",
     "database_file",
+    "missing_file",
     "open_database",
     "open_for_inspection",
     "open_soon",
@@ -46,6 +47,11 @@ _ZEO_PORT = 9991
 # Loggers of RelStorage's that tell of each failure to connect.
 _TALKATIVE = ("postgresql.connmanager", "sqlite.drivers")
 
+_OTHER_HISTORY = (
+    "keep_history stays what it was when the database was made: the URI has the other one"
+)
+_INSTALL = "run pip install 'postoffice[relstorage]'"
+
 # What PostgreSQL and its client library say, and what would be right.
 _POSTGRESQL_MENDS = (
     ("Connection refused", "is PostgreSQL running there, and are host and port right?"),
@@ -55,6 +61,8 @@ _POSTGRESQL_MENDS = (
         "password authentication failed",
         "are user and password right? They are sent as they are written: %40 is no @",
     ),
+    ("no password supplied", "write one, or name a passfile that is there and has mode 0600"),
+    ("there is no unique constraint matching", _OTHER_HISTORY),
     ("no pg_hba.conf entry", "let this user in from this machine, in the server's pg_hba.conf"),
     ("database .* does not exist", "make it: createdb --owner=USER DATABASE"),
     ("role .* does not exist", "make the user: createuser --pwprompt USER"),
@@ -64,10 +72,7 @@ _POSTGRESQL_MENDS = (
     ),
     ("starting up|shutting down|recovery mode", "try again in a moment"),
     ("too many clients|connection slots", "raise max_connections in postgresql.conf"),
-    (
-        "Schema mismatch",
-        "keep_history stays what it was when the database was made: the URI has the other one",
-    ),
+    ("Schema mismatch", _OTHER_HISTORY),
 )
 
 
@@ -161,15 +166,21 @@ def _open(uri: str, name: str) -> DB:
     """Open a database; in errors it is called `name`."""
     fault = uri_fault(uri)
     if fault is not None:
-        raise DepotUnavailable(f"zodb_uri {name}: {fault[0]}; {fault[1]}")
+        raise DepotMisconfigured(f"zodb_uri {name}: {fault[0]}; {fault[1]}")
     try:
         storage_factory, options = zodburi.resolve_uri(uri)
         if uri.startswith("sqlite:"):
-            storage_factory = _relational().sqlite_factory(uri)
+            relational = _relational()
+            storage_factory = relational.sqlite_factory(uri)
+            other = relational.history_fault(uri)
+            if other is not None:
+                raise DepotMisconfigured(f"zodb_uri {name}: {other[0]}; {other[1]}")
     except KeyError as error:
-        raise DepotUnavailable(f"zodb_uri {name}: {error.args[0]}") from error
-    except (OSError, ValueError, ImportError, ZConfig.ConfigurationError) as error:
+        raise DepotMisconfigured(f"zodb_uri {name}: {error.args[0]}") from error
+    except OSError as error:
         raise DepotUnavailable(f"zodb_uri {name}: {_one_line(error)}") from error
+    except (ValueError, ImportError, ZConfig.ConfigurationError) as error:
+        raise DepotMisconfigured(f"zodb_uri {name}: {_configuration_fault(error)}") from error
     storage = None
     try:
         _check_blob_folder(uri)
@@ -194,6 +205,14 @@ def _open(uri: str, name: str) -> DB:
         # known is temporary.
         _close(storage)
         raise DepotUnavailable(f"database {name}: {_what_is_wrong(error, uri)}") from error
+
+
+def _configuration_fault(error: Exception) -> str:
+    """Return, in one line, what is wrong with a URI or its file, and what would be right."""
+    text = _one_line(error)
+    if "could not load package relstorage" in text:
+        return "it needs RelStorage, which is not installed; " + _INSTALL
+    return text
 
 
 def _adopt(storage: Any) -> None:
@@ -241,6 +260,8 @@ def _what_is_wrong(error: Exception, uri: str) -> str:
     if isinstance(error, ClientDisconnected):
         return _what_is_wrong_at(uri) if uri.startswith("zeo://") else "its ZEO server is not there"
     said = _one_line(error)
+    if type(error).__name__ == "NoDriversAvailableError":
+        return "the module that talks to its server is not installed; " + _INSTALL
     if isinstance(error, POSError | OSError) or type(error).__module__.startswith("psycopg2"):
         said = re.sub(r"^connection to server .*? failed: ", "", said).replace("FATAL: ", "")
         said = re.split(" Is the server running| LINE 1:", said)[0]
@@ -319,11 +340,7 @@ def open_for_inspection(uri: str) -> DB:
             raise DepotUnavailable(_locked(path, uri))
 
         return _open(f"file://{path}?read_only=1", path)
-    if uri.startswith("sqlite://"):
-        folder = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
-        if not os.path.exists(os.path.join(folder, "main.sqlite3")):
-            raise DatabaseMissing(f"there is no database in {folder or 'data_dir'} yet")
-    missing = _missing_file(uri)
+    missing = missing_file(uri)
     if missing is not None:
         raise DatabaseMissing(f"there is no database {missing} yet")
     if uri.startswith("zeo://"):
@@ -332,8 +349,21 @@ def open_for_inspection(uri: str) -> DB:
     return open_soon(uri)
 
 
-def _missing_file(uri: str) -> str | None:
-    """Return the file of a FileStorage that a ``zconfig://`` URI would make, if it is not there."""
+def missing_file(uri: str) -> str | None:
+    """Return the file that opening a database would make, since it is not there; or ``None``.
+
+    :raises OSError: its folder cannot be looked into.
+    """
+    path = database_file(uri)
+    if uri.startswith("sqlite://"):
+        folder = dict(parse_qsl(uri.partition("?")[2])).get("data_dir", "")
+        path = os.path.join(folder, "main.sqlite3")
+    if path is not None:
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return path
+        return None
     if not uri.startswith("zconfig://"):
         return None
     try:
@@ -388,8 +418,15 @@ def _one_line(error: BaseException) -> str:
 def _locked(path: str, uri: str) -> str:
     folder = os.path.dirname(path)
     blobs = blob_folder(uri) or f"{folder}/blobs"
+    holder = _holder(path + ".lock")
+    if "runzeo" in holder:
+        return (
+            f"database {path} is served by {holder}.  Write what reaches that into postoffice.ini "
+            "and wherever the application names the database:\n"
+            f"    zodb_uri = zeo://{folder}/zeo.sock?blob_dir={blobs}&shared_blob_dir=true"
+        )
     return (
-        f"database {path} is locked by {_holder(path + '.lock')}; a FileStorage serves one "
+        f"database {path} is locked by {holder}; a FileStorage serves one "
         "process at a time.  To share it, stop that process, run the first line, and write the "
         "second into postoffice.ini and wherever the application names the database:\n"
         f"    runzeo -C {_server_configuration(folder)}\n"

@@ -17,6 +17,7 @@ __all__ = [
     "DepotDisconnected",
     "DepotError",
     "DepotFormatError",
+    "DepotMisconfigured",
     "DepotUnavailable",
     "FolderMissing",
     "HandlerError",
@@ -94,6 +95,15 @@ class DepotError(PostofficeError):
 
 class DepotUnavailable(DepotError, TemporaryError):
     """The database cannot be reached, is locked by another process, or cannot be written."""
+
+
+class DepotMisconfigured(DepotUnavailable):
+    """The database's URI, or the file that it names, cannot be used as it stands.
+
+    Unlike others of its kind it does not go away by itself: somebody has to correct it.
+    """
+
+    exit_status = EX_USAGE
 
 
 class DepotDisconnected(DepotUnavailable, TransientError):

@@ -215,6 +215,14 @@ class Queue:
         """Give back at once what was claimed by :meth:`claim` and is not done with."""
         self.taking.release_lent()
 
+    def abandon_claims(self) -> None:
+        """Let go of what was claimed by :meth:`claim`, without a word to a database that is away.
+
+        Others have it when this process has ended, or the lease.
+        """
+        if self.taking.lent is not None:
+            self.taking.lent.abandon()
+
     # -- taking ------------------------------------------------------------------------------------
 
     def pop_next(self) -> Message:

@@ -17,7 +17,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
 from relstorage.storage import RelStorage
@@ -26,7 +26,13 @@ from relstorage.zodburi_resolver import RelStorageURIResolver, SqliteAdapterHelp
 from postoffice.display import one_line
 from postoffice.exceptions import DepotDisconnected
 
-__all__ = ["TransientRelStorage", "make_outages_transient", "raise_ids", "sqlite_factory"]
+__all__ = [
+    "TransientRelStorage",
+    "history_fault",
+    "make_outages_transient",
+    "raise_ids",
+    "sqlite_factory",
+]
 
 # What a connection calls.  RelStorage puts many of these into each instance, and exchanges them.
 _METHODS = (
@@ -128,6 +134,29 @@ def sqlite_factory(uri: str) -> Callable[[], Any]:
     """
     factory: Callable[[], Any] = RelStorageURIResolver(_DurableSqlite())(uri)[0]
     return factory
+
+
+def history_fault(uri: str) -> tuple[str, str] | None:
+    """Return what is wrong with ``keep_history`` of a ``sqlite://`` URI, and what would be right.
+
+    Opened with the other value, the database would get tables that make it unusable.
+    """
+    options = dict(parse_qsl(uri.partition("?")[2]))
+    path = os.path.join(options.get("data_dir", ""), "main.sqlite3")
+    if not os.path.exists(path):
+        return None
+    with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as database:
+        columns = [row[1] for row in database.execute("PRAGMA table_info(object_state)")]
+    if not columns:
+        return None
+    kept = "prev_tid" in columns
+    wanted = options.get("keep_history", "true").lower() in ("on", "yes", "true")
+    if kept is wanted:
+        return None
+    return (
+        f"its database was made {'with' if kept else 'without'} history, which stays so",
+        "leave keep_history out" if kept else "write keep_history=false",
+    )
 
 
 def raise_ids(storage: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,31 @@ def test_a_coroutine_is_no_handler(seat: Seat) -> None:
     assert drain(seat.database, QUEUE, lambda message: forgetful(message)).quarantined == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"max_attempts": 0}, ValueError),
+        ({"retry_delay": "1m"}, TypeError),
+        ({"lease": 0}, ValueError),
+    ],
+)
+def test_impossible_policies_are_refused(
+    seat: Seat, wrong: dict[str, Any], kind: type[Exception]
+) -> None:
+    """A number that no message could be treated by is an error, and no message is touched."""
+    seat.add("a")
+    with pytest.raises(kind):
+        drain(seat.database, QUEUE, print, **wrong)
+    assert left(seat) == ["a"]
+
+
+def test_a_handler_without_room_for_a_message_is_refused(seat: Seat) -> None:
+    """A function that takes no message, or wants more, is refused before it is called."""
+    for wrong in (lambda: None, lambda message, other: None):
+        with pytest.raises(HandlerError, match="cannot be called with a message"):
+            drain(seat.database, QUEUE, wrong)
+
+
 def test_a_handler_may_be_written_in_c(seat: Seat) -> None:
     """A function that does not tell its parameters is called with the message."""
     seat.add("a")
@@ -432,6 +458,33 @@ def test_the_storage_may_go_and_come_back(tmp_path: Path) -> None:
             seat.close()
         finally:
             database.close()
+
+
+def test_it_ends_when_told_to_while_the_storage_is_away(tmp_path: Path) -> None:
+    """On SIGTERM it ends though its server is away, having said so, and leaves the message."""
+    notes = tmp_path / "notes"
+    notes.touch()
+    with ZeoServer(tmp_path / "server", tmp_path / "zeo.sock") as server:
+        with closing(open_database(server.uri())) as database:
+            seat = Depot(lambda: database, server.uri()).seat()
+            seat.add("slow", "a")
+            seat.close()
+        process = start(server.uri(wait_seconds=1), notes)
+        eventually(lambda: "begun slow" in notes.read_text())
+        server.stop("SIGKILL")
+        eventually(lambda: "done slow" in notes.read_text())
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=WAIT_SECONDS)
+        assert process.returncode == 0, said
+        assert said.count("the database does not answer") == 1
+        server.start()
+        with closing(open_database(server.uri())) as database:
+            seat = Seat(database)
+            assert left(seat) == ["slow", "a"]
+            seat.begin()
+            assert seat.queue.claims() == []
+            seat.close()
 
 
 def test_idle_it_costs_next_to_nothing(local: Depot) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from postoffice import database
 from postoffice.database import DatabaseMissing, open_database, open_for_inspection, open_soon
-from postoffice.exceptions import DepotUnavailable, TemporaryError
+from postoffice.exceptions import DepotMisconfigured, DepotUnavailable, TemporaryError
 from tests.depots import file_depot, sqlite_depot, zeo_depot
 from tests.postgresql import PASSWORD, USER, PostgreSQL, ServerMissing, shared_server
 
@@ -33,7 +33,8 @@ def refused(uri: str) -> str:
     with pytest.raises(DepotUnavailable) as caught:
         open_database(uri)
     assert isinstance(caught.value, TemporaryError)
-    assert caught.value.exit_status == 75
+    mendable = isinstance(caught.value, DepotMisconfigured)
+    assert caught.value.exit_status == (2 if mendable else 75)
     return str(caught.value)
 
 

@@ -13,7 +13,7 @@ from transaction.interfaces import TransientError
 from ZODB.blob import Blob
 
 from postoffice.database import open_database
-from postoffice.exceptions import DepotDisconnected
+from postoffice.exceptions import DepotDisconnected, DepotMisconfigured
 from postoffice.relational import TransientRelStorage
 from tests.postgresql import PostgreSQL, ServerMissing
 
@@ -120,3 +120,14 @@ def test_ids_of_sqlite_are_never_given_twice(tmp_path: Path) -> None:
             manager.abort()
         (tmp_path / "var" / "oids.sqlite3").unlink()
     assert len(found) == 200
+
+
+@pytest.mark.parametrize("kept", ["true", "false"])
+def test_history_stays_what_it_was(tmp_path: Path, kept: str) -> None:
+    """A SQLite database is refused, and left alone, when the URI has the other keep_history."""
+    uri = f"{sqlite_uri(tmp_path)}&keep_history={kept}"
+    open_database(uri).close()
+    other = {"true": "false", "false": "true"}[kept]
+    with pytest.raises(DepotMisconfigured, match="history, which stays so"):
+        open_database(f"{sqlite_uri(tmp_path)}&keep_history={other}")
+    open_database(uri).close()

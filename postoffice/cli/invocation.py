@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Invocation", "pass_invocation", "shared_options"]
 
+# What these log of an outage is raised too, and told in one line.
+_LIBRARIES = ("ZEO", "ZODB", "relstorage", "txn")
+
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -40,6 +43,11 @@ class _Plain(_Verbose):
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
         return super().format(record)
+
+
+def _is_for_everybody(record: logging.LogRecord) -> bool:
+    """Tell whether a line is for somebody who has not asked for more."""
+    return record.name.partition(".")[0] not in _LIBRARIES
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -102,18 +110,15 @@ class Invocation:
         """
         from ZODB.POSException import POSError
 
-        from postoffice.database import database_file, open_soon
+        from postoffice.database import missing_file, open_soon
         from postoffice.exceptions import DepotUnavailable, FolderMissing
 
         with self._opened_by(open_soon) as post_office:
-            path = database_file(post_office.settings.zodb_uri)
+            path = missing_file(post_office.settings.zodb_uri)
             if path is not None:
-                try:
-                    os.stat(path)
-                except FileNotFoundError:
-                    raise FolderMissing(
-                        f"there is no database {path} yet; `postoffice import` makes it"
-                    ) from None
+                raise FolderMissing(
+                    f"there is no database {path} yet; `postoffice import` makes it"
+                )
             try:
                 yield post_office
             except POSError as error:
@@ -132,6 +137,8 @@ class Invocation:
             return
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Verbose(_LINE) if self.verbose else _Plain(_LINE))
+        if not self.verbose:
+            handler.addFilter(_is_for_everybody)
         root, own = logging.getLogger(), logging.getLogger("postoffice")
         level = own.level
         root.addHandler(handler)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from ZODB.POSException import POSError
 from postoffice import config
 from postoffice.claims import living_claims
 from postoffice.database import blob_folder, database_file, open_database
+from postoffice.database_uri import blob_folder_named
 from postoffice.delivery import Intake
 from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import find_folder, make_folder
@@ -26,9 +29,16 @@ from postoffice.description import header_values
 from postoffice.display import one_line
 from postoffice.exceptions import ConfigurationError, DepotUnavailable, FolderMissing
 from postoffice.intake.archive import Archive, Failure
+from postoffice.intake.arrival import Arrival
+from postoffice.intake.consignment import consign, parcel_of
+from postoffice.intake.conversation import Reply
+from postoffice.intake.deposit import Deposit, Unrouted
+from postoffice.intake.listener import TCPAddress, UnixAddress
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader, open_message
 from postoffice.intake.reading import ReaderProcess
+from postoffice.intake.receiving import Receiver
+from postoffice.intake.service import Service
 from postoffice.message import Envelope
 from postoffice.queue import Queue
 from postoffice.routing import Decision, explain
@@ -219,14 +229,7 @@ class PostOffice:
         :raises OSError: the Maildir or the archive failed; likewise.
         """
         settings = self.settings
-        if not settings.routing.queues:
-            raise ConfigurationError(
-                str(settings.path),
-                None,
-                None,
-                "there is no section [queue:NAME], so that all mail would be discarded",
-                "write one for each application",
-            )
+        self._refuse_without_queues()
         fingerprint = self.fingerprint
         maildir = Maildir(settings.maildir)
         reader = ReaderProcess(Reader(settings.routing, settings.loop))
@@ -258,6 +261,94 @@ class PostOffice:
         finally:
             reader.close()
             maildir.close()
+
+    # -- messages that come over connections -------------------------------------------------------
+
+    def serve_lmtp(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Take mail by LMTP where the configuration says, until SIGTERM or SIGINT.
+
+        To be called in the main thread of a process that has not opened the database yet.  A
+        database that cannot be reached is waited for; clients are told to try again meanwhile.
+
+        :param ready: is called when clients can connect.
+        :raises postoffice.exceptions.ConfigurationError: there is no queue, or no address.
+        :raises postoffice.intake.service.CannotListen: the address cannot be listened on.
+        """
+        settings = self.settings
+        self._refuse_without_queues()
+        if settings.lmtp is None:
+            raise ConfigurationError(
+                str(settings.path),
+                "post office",
+                "lmtp",
+                "the option is missing",
+                "write where to listen, such as unix:/var/spool/postfix/postoffice/lmtp",
+            )
+        receiver = Receiver(
+            settings.routing,
+            settings.loop,
+            _address(settings.lmtp),
+            socket.gethostname(),
+            self._folder_of_large_messages(),
+            settings.rejects_unrouted,
+        )
+        Service(receiver, self._open_deposit, self.close).run(ready)
+
+    def deliver(self, arrival: Arrival) -> list[Reply]:
+        """Store one message; return the reply for each of its recipients.
+
+        What was stored is durable.  The same message comes again without harm.
+
+        :raises postoffice.exceptions.PostofficeError: it cannot be stored now.
+        :raises OSError: likewise.
+        """
+        self._refuse_without_queues()
+        deposit = self._open_deposit()
+        try:
+            parcel = parcel_of(arrival, time.time_ns(), 1, "pipe")
+            consignment = consign(self.settings.routing, self.settings.loop, parcel)
+            return deposit.store([consignment])[0]
+        finally:
+            deposit.close()
+
+    def _folder_of_large_messages(self) -> str:
+        """Return a folder from which a file can become a blob without being copied, if there is."""
+        blobs = blob_folder_named(self.settings.zodb_uri)
+        folder = None if blobs is None else os.path.join(blobs, "tmp")
+        return folder if folder is not None and os.path.isdir(folder) else tempfile.gettempdir()
+
+    def _open_deposit(self) -> Deposit:
+        settings = self.settings
+        if self.reconcile_queues():
+            self._sync_folders()
+        self.database.setCacheSize(_IMPORT_CACHE)
+        manager = TransactionManager(explicit=True)
+        connection = self.database.open(manager)
+        try:
+            manager.begin()
+            folder = self.folder(connection)
+            manager.abort()
+        except BaseException:
+            connection.close()
+            raise
+        return Deposit(
+            connection,
+            folder,
+            Intake(folder, settings.loop),
+            self.archive(),
+            self.fingerprint,
+            Unrouted.REJECT if settings.rejects_unrouted else Unrouted.DISCARD,
+        )
+
+    def _refuse_without_queues(self) -> None:
+        if not self.settings.routing.queues:
+            raise ConfigurationError(
+                str(self.settings.path),
+                None,
+                None,
+                "there is no section [queue:NAME], so that all mail would be discarded",
+                "write one for each application",
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -399,6 +490,12 @@ class PostOffice:
 
         done: int = self._committed(work)
         return done
+
+
+def _address(place: config.UnixPlace | config.TCPPlace) -> UnixAddress | TCPAddress:
+    if isinstance(place, config.TCPPlace):
+        return TCPAddress(place.host, place.port)
+    return UnixAddress(str(place.path), place.mode, place.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,6 +187,7 @@ def _open(uri: str, name: str) -> DB:
         with _without_warnings_of_relstorage():
             storage = storage_factory()
             _adopt(storage)
+            _clean(storage, uri)
             return DB(storage, **options)
     except zc.lockfile.LockError as error:
         found = _LOCKED.search(str(error))
@@ -226,6 +227,17 @@ def _adopt(storage: Any) -> None:
         from postoffice.zeo_client import ask_for_new_ids
 
         ask_for_new_ids(storage)
+
+
+def _clean(storage: Any, uri: str) -> None:
+    """Remove what processes that were killed have left of blobs; their lock is ours now."""
+    folder = blob_folder(uri)
+    if folder is None or database_file(uri) is None or storage.isReadOnly():
+        return
+    for one in os.scandir(os.path.join(folder, "tmp")):
+        # What cannot be removed takes its place, and is no reason to stay away.
+        with suppress(OSError):
+            os.unlink(one.path)
 
 
 def _relational() -> ModuleType:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from postoffice.depot.entry import trail_text
+from postoffice.depot.entry import Body, trail_text
 from postoffice.description import header_values
-from postoffice.fingerprints import duplicate_digest, raw_digest, sender_digest, values_digest
+from postoffice.fingerprints import Digests, sender_digest, values_digest
 from postoffice.loops import LoopRule, is_bcc, loop_headers, sender_of, triggers
 from postoffice.message import Message
 from postoffice.queue import Queue
@@ -128,7 +128,7 @@ def prepare(
     source: str,
     way: str,
     size: int,
-    body: bytes | None = None,
+    digests: Digests | None = None,
 ) -> Prepared:
     """Decide on a message and gather what the intake transaction needs to know about it.
 
@@ -138,7 +138,8 @@ def prepare(
     :param source: what the message is called where it came from.
     :param way: the way in.
     :param size: bytes of the message as it arrived.
-    :param body: what stands for the body of an oversize message, to know duplicates by.
+    :param digests: of the message, where they are wanted again, or it is oversize; asked only when
+        it is to be queued.
     :raises postoffice.exceptions.LimitExceeded: a filter gave up on the message.
     """
     decision = route(routing, message)
@@ -149,8 +150,9 @@ def prepare(
     values["arrived"] = envelope.arrived
     if decision.verdict is not Verdict.QUEUE:
         return Prepared(source, decision, values, None)
+    digests = digests or Digests(message)
     buffer = message.buffer
-    values["digest"] = raw_digest(buffer)
+    values["digest"] = digests.raw()
     if envelope.sender is not None:
         values["sender"] = envelope.sender
     if envelope.recipients:
@@ -168,9 +170,7 @@ def prepare(
         sender = sender_digest(sender_of(message))
         values_of_loop = values_digest(loop_headers(message, loop.headers))
     raw = buffer if isinstance(buffer, bytes) else None
-    return Prepared(
-        source, decision, values, raw, duplicate_digest(message, body), sender, values_of_loop
-    )
+    return Prepared(source, decision, values, raw, digests.duplicate(), sender, values_of_loop)
 
 
 class Intake:
@@ -218,11 +218,14 @@ class Intake:
     ) -> list[Result]:
         """Store the messages that are to be queued; return what became of each.
 
+        Those of the same bytes, such as one message for several recipients, share a body.
+
         :param now: nanoseconds since the epoch.
         :param archive: names the place in the archive that a message's original goes to.
         :param fill: fills a blob with the bytes of a message that has none in memory.
         """
-        return [self._deliver(message, now, archive, fill) for message in messages]
+        bodies: dict[bytes, Body | Blob] = {}
+        return [self._deliver(message, now, archive, fill, bodies) for message in messages]
 
     def _deliver(
         self,
@@ -230,6 +233,7 @@ class Intake:
         now: int,
         archive: Callable[[Prepared], str],
         fill: Callable[[Prepared, Blob], None],
+        bodies: dict[bytes, Body | Blob],
     ) -> Result:
         decision = message.decision
         if decision.queue is None:
@@ -251,9 +255,15 @@ class Intake:
         if place:
             values["archive"] = place
         queue.histories.remember(message.duplicate, seconds)
-        raw = message.raw
-        id = queue.add_entry(values, raw if raw is not None else lambda blob: fill(message, blob))
-        return Result(message, decision, id)
+        body = bodies.get(values["digest"])
+        if body is not None:
+            entry = queue.add_entry(values, body)
+        elif message.raw is not None:
+            entry = queue.add_entry(values, message.raw)
+        else:
+            entry = queue.add_entry(values, lambda blob: fill(message, blob))
+        bodies[values["digest"]] = entry.body
+        return Result(message, decision, entry.id)
 
     @staticmethod
     def _throttled(queue: Queue, loop: LoopRule, message: Prepared) -> bool:

@@ -25,7 +25,14 @@ from postoffice.charsets import clean, codec, decode_charset
 from postoffice.headers import Buffer, decode_header, encode_header
 from postoffice.parameters import parameters
 
-__all__ = ["Envelope", "MIMEMultipart", "Message", "decode_header", "encode_header"]
+__all__ = [
+    "Envelope",
+    "MIMEMultipart",
+    "Message",
+    "decode_header",
+    "encode_header",
+    "mta_queue_id",
+]
 
 # Which trace headers a known envelope stands for.
 _TRACE = frozenset(["x-original-to: ", "delivered-to: ", "return-path: "])
@@ -50,7 +57,7 @@ class Envelope:
     mta_queue_id: str = ""
 
     @classmethod
-    def from_trace(cls, message: Message, arrived: int, mta_queue_id: str = "") -> Envelope:
+    def from_trace(cls, message: Message, arrived: int) -> Envelope:
         """Read the envelope from the trace headers that the delivering MTA wrote.
 
         The sender is the topmost Return-Path (RFC 5321, 4.4), the recipient the topmost
@@ -64,7 +71,21 @@ class Envelope:
             if value is not None:
                 recipient = _path(value) or None
                 break
-        return cls(sender, (recipient,) if recipient else (), arrived, mta_queue_id)
+        queue_id = mta_queue_id(message)
+        return cls(sender, (recipient,) if recipient else (), arrived, queue_id)
+
+
+_QUEUE_ID = re.compile(r"\sid\s+([0-9A-Za-z]{5,20})(?=[\s;]|$)")
+_LONGEST_TRACE = 2000
+
+
+def mta_queue_id(message: Message) -> str:
+    """Return the id that the message had in the queue of our MTA, or ``""``.
+
+    It stands in the topmost Received field (RFC 5321, 4.4), which that MTA wrote.
+    """
+    found = _QUEUE_ID.search((message.first_raw("Received") or "")[:_LONGEST_TRACE])
+    return found[1] if found else ""
 
 
 _LOCAL_NAME = re.compile(r"[^\x00-\x20\x7f()<>\[\]:;@\\,\"]+")

@@ -350,24 +350,27 @@ class Queue:
         now = time.time_ns()
         raw = stored_bytes(own)
         self.histories.remember(duplicate_digest(own), now // 1_000_000_000)
-        return self.add_entry(describe(own, raw, now), raw)
+        return self.add_entry(describe(own, raw, now), raw).id
 
-    def add_entry(self, values: dict[str, Any], raw: bytes | Callable[[Blob], None]) -> int:
-        """Put a message behind the tail whose entry has these values; return its id.
+    def add_entry(
+        self, values: dict[str, Any], raw: bytes | Callable[[Blob], None] | Body | Blob
+    ) -> Entry:
+        """Put a message behind the tail whose entry has these values; return the entry.
 
-        :param raw: the bytes, or a function that fills a blob with them.
+        :param raw: the bytes; a function that fills a blob with them; or the body of an entry that
+            was added in this transaction, which serves both.
         """
         work = self.taking.work()
         entry = Entry(values)
         entry.id = new_id()
-        entry.body = self._body(raw)
+        entry.body = raw if isinstance(raw, Body | Blob) else self._body(raw)
         if self.event_sink is not None:
             entry.change(QUEUED, "added", entry.reason, time.time_ns(), self.event_sink)
         work.added.append((self.record.append(entry), entry))
         work.stored.append(entry)
         if isinstance(entry.body, Body):
             work.stored.append(entry.body)
-        return entry.id
+        return entry
 
     def forget_bodies(self) -> None:
         """Let go of the memory of messages that were added and are committed by now."""

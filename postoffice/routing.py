@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from postoffice.exceptions import LimitExceeded
+from postoffice.filters import EnvelopeToFilter
 from postoffice.interfaces import IFilter
 from postoffice.loops import auto_response
-from postoffice.message import Message
+from postoffice.message import Envelope, Message
 
 __all__ = [
     "AUTO_RESPONSE",
@@ -34,6 +35,7 @@ __all__ = [
     "as_duplicate",
     "as_throttled",
     "explain",
+    "is_for_nobody",
     "route",
 ]
 
@@ -194,6 +196,19 @@ def route(routing: Routing, message: Message) -> Decision:
                     Verdict.QUEUE, "matched", queue.name, detail, tuple(trail), _marks(message)
                 )
     return Decision(Verdict.DISCARD, "no-queue", None, REASONS["no-queue"], tuple(trail))
+
+
+def is_for_nobody(routing: Routing, recipient: str) -> bool:
+    """Say whether no queue takes mail for this recipient, whatever the message.
+
+    That is certain where each queue asks for an envelope (``envelope_to``) that is another's.
+    """
+    message = Message.from_bytes(b"", envelope=Envelope(None, (recipient,), 0))
+    return all(
+        not queue.filters
+        or any(isinstance(one, EnvelopeToFilter) and one(message) is None for one in queue.filters)
+        for queue in routing.queues
+    )
 
 
 def explain(routing: Routing, message: Message) -> Decision:

@@ -21,7 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postoffice.message import Envelope, Message, MIMEMultipart, decode_header, encode_header
+from postoffice.message import (
+    Envelope,
+    Message,
+    MIMEMultipart,
+    decode_header,
+    encode_header,
+    mta_queue_id,
+)
 
 MAILS = sorted((Path(__file__).parent / "mail").glob("*.eml"))
 OWN = (("X-Postoffice-Date", "1700000000"), ("X-Postoffice-Rejected", "Throttled"))
@@ -459,8 +466,30 @@ def test_the_envelope_from_trace_headers(
     raw: bytes, sender: str | None, recipients: tuple[str, ...]
 ) -> None:
     """The envelope is read from the topmost trace headers alone."""
-    envelope = Envelope.from_trace(Message.from_bytes(raw), 5, "4ABC")
-    assert envelope == Envelope(sender, recipients, 5, "4ABC")
+    envelope = Envelope.from_trace(Message.from_bytes(raw), 5)
+    assert envelope == Envelope(sender, recipients, 5)
+
+
+@pytest.mark.parametrize(
+    ("received", "found"),
+    [
+        (b"by mx.example.com (Postfix, from userid 0)\n\tid 4ABCD; Mon, 1 Jan 2024", "4ABCD"),
+        (
+            b"from a (a [192.0.2.1]) by mx (Postfix) with LMTP id 4XyZ12abcd\n\tfor <b@c>; x",
+            "4XyZ12abcd",
+        ),
+        (b"by mx with ESMTP ID 4ABCDE", ""),
+        (b"by mx id 4AB; short", ""),
+        (b"by mx id 4ABCD/EFGH; odd", ""),
+        (b"", ""),
+        (b"x" * 3000 + b" id 4ABCDE;", ""),
+    ],
+)
+def test_the_queue_id_of_the_topmost_received(received: bytes, found: str) -> None:
+    """The id in the mail server's own queue is that of the topmost Received, or none."""
+    raw = b"Received: %s\nReceived: by other id 5FFFFFF;\nSubject: x\n\n" % received
+    assert Envelope.from_trace(Message.from_bytes(raw), 5).mta_queue_id == found
+    assert mta_queue_id(Message.from_bytes(b"Subject: x\n\n")) == ""
 
 
 # -- identity --------------------------------------------------------------------------------------

@@ -503,7 +503,7 @@ def test_quarantine_after_a_committed_taking(seat: Seat) -> None:
             "archive": "place",
         },
         raw,
-    )
+    ).id
     seat.commit()
     for attempt in range(2):
         seat.begin()

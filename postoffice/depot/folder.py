@@ -11,6 +11,7 @@ from persistent.mapping import PersistentMapping
 
 from postoffice.depot.journal import Journal
 from postoffice.depot.queue import QueueRecord
+from postoffice.depot.receipts import Receipts
 from postoffice.exceptions import DepotFormatError, FolderMissing, QueueMissing, QueueNotEmpty
 
 __all__ = ["FORMAT_VERSION", "QueuesFolder", "find_folder", "make_folder", "split_path"]
@@ -25,13 +26,18 @@ class QueuesFolder(Persistent):
     :ivar format_version: the format of everything below; see :data:`FORMAT_VERSION`.
     :ivar queues: :class:`postoffice.depot.queue.QueueRecord` by name.
     :ivar journals: :class:`postoffice.depot.journal.Journal` by the id of the spool.
+    :ivar receipts: what came over connections lately; ``None`` in a depot that was made before
+        there was such a log, until one comes.
     """
+
+    receipts: Receipts | None = None
 
     def __init__(self) -> None:
         """Make a depot without queues."""
         self.format_version = FORMAT_VERSION
         self.queues = OOBTree()
         self.journals = OOBTree()
+        self.receipts = Receipts()
 
     def names(self) -> list[str]:
         """Return the names of the queues, in alphabetical order."""

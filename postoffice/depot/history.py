@@ -25,6 +25,7 @@ __all__ = [
     "Arrivals",
     "Chunk",
     "DuplicateIndex",
+    "HistoryIndex",
     "HistoryLog",
     "Throttles",
     "duplicate_record",
@@ -159,7 +160,7 @@ class HistoryLog(Persistent):
                     yield key, tree[key]
 
 
-class _Index:
+class HistoryIndex:
     """What a log holds, in memory: follows the log at each transaction's start.
 
     Belongs to the connection of the log.
@@ -242,7 +243,7 @@ def duplicate_record(digest: bytes, seconds: int) -> bytes:
     return _DUPLICATE.pack(digest, seconds)
 
 
-class DuplicateIndex(_Index):
+class DuplicateIndex(HistoryIndex):
     """Which messages, by a digest of 16 bytes, came within 24 hours."""
 
     def __init__(self, history: HistoryLog, lanes: int) -> None:
@@ -278,7 +279,7 @@ class DuplicateIndex(_Index):
         }
 
 
-class ArrivalIndex(_Index):
+class ArrivalIndex(HistoryIndex):
     """When the last messages of each sender came."""
 
     def __init__(self, history: HistoryLog, lanes: int) -> None:

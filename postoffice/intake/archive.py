@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -155,6 +155,13 @@ class Archive:
         if source != target:
             # Where the file goes if another of the same name was set aside before.
             target = _free(source, target) or target
+        self._write_reason(os.path.basename(target), failure)
+        if source != target:
+            self._move(source, target)
+            self._touched.add(os.path.dirname(source))
+        self._touched.add(self.failed)
+
+    def _write_reason(self, name: str, failure: Failure) -> None:
         text = json.dumps(
             {
                 "reason": failure.reason,
@@ -163,14 +170,48 @@ class Archive:
             },
             indent=1,
         )
-        with open(self._note(os.path.basename(target)), "w", encoding="utf-8") as file:
+        with open(self._note(name), "w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if source != target:
-            self._move(source, target)
-            self._touched.add(os.path.dirname(source))
-        self._touched.add(self.failed)
+
+    def keep(self, place: str, pieces: Iterable[bytes]) -> None:
+        """Write what is in no spool to its place; a place that is ``""`` keeps nothing.
+
+        It is durable after :meth:`sync`.  What is there already with the same bytes stays.
+
+        :raises OSError: it cannot be done now.
+        """
+        if place:
+            self._write(self.path(place), pieces)
+
+    def keep_failure(self, failure: Failure, pieces: Iterable[bytes]) -> None:
+        """Write what is in no spool, and cannot be processed, into ``failed``, with its reason.
+
+        :raises OSError: it cannot be done now.
+        """
+        self._make(self.failed)
+        target = os.path.join(self.failed, failure.name)
+        self._write_reason(os.path.basename(target), failure)
+        self._write(target, pieces)
+
+    def _write(self, target: str, pieces: Iterable[bytes]) -> None:
+        folder, name = os.path.split(target)
+        self._make(folder)
+        partial = os.path.join(folder, f".{_short(name)}.partial")
+        try:
+            with open(partial, "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            _rename(partial, target)
+        except BaseException:
+            # On a full disk a piece that is of no use would be in the way of everything.
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+        self._touched.add(folder)
 
     def was_set_aside(self, source: str) -> bool:
         """Tell whether ``failed`` has a copy of this spool file, with the same name and bytes.

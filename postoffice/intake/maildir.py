@@ -49,6 +49,7 @@ from postoffice.intake.reader import (
     open_spool_file,
 )
 from postoffice.intake.reading import ReaderProcess
+from postoffice.intake.report import report
 from postoffice.queue import BLOB_SIZE
 
 __all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "identity", "unique"]
@@ -440,7 +441,8 @@ class MaildirImport:
                 break
         self._intake.forget_bodies()
         for result in results:
-            self._report(result)
+            self.outcome.count(result.decision.verdict.value)
+            report(result)
         return names
 
     def _fill(self, message: Prepared, blob: Blob) -> None:
@@ -466,26 +468,6 @@ class MaildirImport:
             with suppress(OSError):
                 os.unlink(target)
             raise
-
-    def _report(self, result: Result) -> None:
-        decision, values = result.decision, result.prepared.values
-        self.outcome.count(decision.verdict.value)
-        if not log.isEnabledFor(logging.INFO):
-            return
-        where = f"to queue {decision.queue!r}" if result.id is not None else decision.verdict.value
-        marks = "".join(f" [{mark}]" for mark in decision.marks)
-        log.info(
-            "%s %s: %s%s: %s From: %s To: %s Subject: %s Message-ID: %s",
-            printable(result.prepared.source),
-            printable(where),
-            decision.reason,
-            marks,
-            printable(decision.detail),
-            printable(values["header_from"]),
-            printable(values["header_to"]),
-            printable(values["subject"]),
-            printable(values["message_id"]),
-        )
 
     # -- transactions ------------------------------------------------------------------------------
 

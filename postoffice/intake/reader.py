@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from postoffice.delivery import Prepared, oversize_message, prepare
 from postoffice.display import one_line
 from postoffice.exceptions import LimitExceeded
+from postoffice.fingerprints import Digests
 from postoffice.loops import LoopRule
 from postoffice.message import Envelope, Message
 from postoffice.queue import BLOB_SIZE
@@ -23,6 +24,8 @@ __all__ = [
     "SpoolFile",
     "Unreadable",
     "arrival",
+    "body_digest",
+    "header_end",
     "is_same_time",
     "open_message",
     "open_spool_file",
@@ -129,9 +132,9 @@ class Reader:
         self, file: SpoolFile, descriptor: int, status: os.stat_result
     ) -> Prepared | Unreadable:
         message = open_message(self._routing, descriptor, arrival(status))
-        body = _body_digest(descriptor) if message.oversize else None
+        digests = Digests(message, body_digest(descriptor) if message.oversize else None)
         return prepare(
-            self._routing, self._loop, message, file.name, self._way, status.st_size, body
+            self._routing, self._loop, message, file.name, self._way, status.st_size, digests
         )
 
 
@@ -191,7 +194,7 @@ def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:
     raw: bytes | mmap.mmap
     if oversize:
         start = os.read(descriptor, _LONGEST_HEADER)
-        raw = oversize_message(start[: _header_end(start)], size, routing.max_message_size or 0)
+        raw = oversize_message(start[: header_end(start)], size, routing.max_message_size or 0)
     else:
         raw = _read_small(descriptor) if size < BLOB_SIZE else b""
         if len(raw) >= BLOB_SIZE or size >= BLOB_SIZE:
@@ -204,14 +207,15 @@ def open_message(routing: Routing, descriptor: int, arrived: int) -> Message:
     return message
 
 
-def _header_end(start: bytes) -> int:
+def header_end(start: bytes) -> int:
+    """Return where the header ends, with its last line's end, in a message's first bytes."""
     ends = [end for end in (start.find(b"\n\n") + 1, start.find(b"\n\r\n") + 1) if end]
     return min(ends, default=len(start))
 
 
-def _body_digest(descriptor: int) -> bytes:
+def body_digest(descriptor: int) -> bytes:
     """Return the sha256 of what follows the header of a file, read piece by piece."""
-    place = _header_end(os.pread(descriptor, _LONGEST_HEADER, 0))
+    place = header_end(os.pread(descriptor, _LONGEST_HEADER, 0))
     digest = hashlib.sha256()
     while piece := os.pread(descriptor, _LONGEST_HEADER, place):
         digest.update(piece)

@@ -1,0 +1,33 @@
+"""The report: one line of the log for each message that was taken in, whatever its way."""
+
+from __future__ import annotations
+
+import logging
+
+from postoffice.delivery import Result
+from postoffice.display import printable
+
+__all__ = ["report"]
+
+log = logging.getLogger("postoffice")
+
+
+def report(result: Result) -> None:
+    """Log, at level INFO, what became of a message, and why."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    decision, values = result.decision, result.prepared.values
+    where = f"to queue {decision.queue!r}" if result.id is not None else decision.verdict.value
+    marks = "".join(f" [{mark}]" for mark in decision.marks)
+    log.info(
+        "%s %s: %s%s: %s From: %s To: %s Subject: %s Message-ID: %s",
+        printable(result.prepared.source),
+        printable(where),
+        decision.reason,
+        marks,
+        printable(decision.detail),
+        printable(values["header_from"]),
+        printable(values["header_to"]),
+        printable(values["subject"]),
+        printable(values["message_id"]),
+    )

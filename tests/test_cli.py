@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import json
 import os
@@ -12,11 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+import transaction
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
 from ZODB.FileStorage import FileStorage
@@ -24,6 +29,7 @@ from ZODB.FileStorage import FileStorage
 from postoffice.api import PostOffice
 from postoffice.cli.output import age, local_time, size
 from postoffice.intake.archive import Failure
+from postoffice.message import Envelope, Message
 from postoffice.queue import open_queue
 from tests.depots import QUEUE, Depot, zeo_depot
 from tests.sites import HOSTILE, QUEUES, URI, Site, mail
@@ -354,6 +360,179 @@ def test_check_of_what_is_no_depot(site: Site) -> None:
     assert "/folder/depot will be made by the first import" in site.done("check")
 
 
+# -- check of a listener ---------------------------------------------------------------------------
+
+
+@contextmanager
+def listener(opened: socket.socket, *said: bytes) -> Iterator[None]:
+    """Listen, and say this to whoever comes: a piece every 10 ms, then nothing, or hang up."""
+    done = threading.Event()
+
+    def serve() -> None:
+        with opened.accept()[0] as session:
+            for piece in said:
+                if not piece:
+                    return
+                try:
+                    session.sendall(piece)
+                except ConnectionError:
+                    return
+                done.wait(0.01)
+            done.wait()
+
+    opened.listen()
+    opened.settimeout(60)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def unix_socket(path: Path) -> socket.socket:
+    """Open a unix socket at a path."""
+    opened = socket.socket(socket.AF_UNIX)
+    opened.bind(str(path))
+    return opened
+
+
+def test_check_without_a_listener(site: Site) -> None:
+    """Where no LMTP listener is configured, there is no word of one."""
+    assert "lmtp" not in site.done("check")
+
+
+def test_check_of_a_unix_socket(site: Site) -> None:
+    """Mode and group of the socket are shown, and whether a listener answers there now."""
+    path = site.folder / "lmtp"
+    site.configure("lmtp = unix:lmtp")
+    nobody = f"warning  lmtp: nobody listens at unix:{path} now\n"
+    output = site.done("check")
+    assert f"ok       lmtp: {path}, mode 0660\n{nobody}" in output
+    assert not path.exists()
+    name = grp.getgrgid(os.getegid()).gr_name
+    site.folder.chmod(0o750)
+    site.configure("lmtp = unix:lmtp", "lmtp_mode = 0620", f"lmtp_group = {name}")
+    with unix_socket(path) as opened:
+        with listener(opened, b"220 mx.example.com LMTP\r\n"):
+            output = site.done("check")
+        assert f"ok       lmtp: {path}, mode 0620, group {name}\n" in output
+        assert f"ok       lmtp: a listener answers at unix:{path}\n" in output
+    # A dead listener has left its socket.
+    assert path.exists()
+    assert nobody in site.done("check")
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "shown"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1:{}"),
+        (socket.AF_INET6, "::1", "[::1]:{}"),
+    ],
+)
+def test_check_of_a_port(site: Site, family: socket.AddressFamily, host: str, shown: str) -> None:
+    """Whether a listener answers at a port is told, also one that has no room now."""
+    with socket.socket(family) as opened:
+        try:
+            opened.bind((host, 0))
+        except OSError:
+            # A machine without IPv6.
+            site.configure(f"lmtp = {shown.format(2424)}")
+            assert f"lmtp: {shown.format(2424)} cannot be reached: " in site.run("check").stdout
+            return
+        place = shown.format(opened.getsockname()[1])
+        site.configure(f"lmtp = {place}")
+        with listener(opened, b"4", b"21 4.3.2 too many ", b"connections\r\n"):
+            assert f"ok       lmtp: a listener answers at {place}\n" in site.done("check")
+    assert f"warning  lmtp: nobody listens at {place} now\n" in site.done("check")
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.0 400 Bad Request\r\n", b"\x00" * 4096])
+def test_check_of_another_listener(site: Site, said: bytes) -> None:
+    """Whatever does not greet as a mail server does is an error."""
+    site.configure("lmtp = unix:lmtp")
+    with unix_socket(site.folder / "lmtp") as opened, listener(opened, said):
+        result = site.run("check")
+    assert result.exit_code == 75
+    assert f"error    lmtp: what answers at unix:{site.folder}/lmtp is no mail" in result.stdout
+    assert "ok       database: " in result.stdout
+
+
+@pytest.mark.parametrize("said", [[], [b"2"] * 300])
+def test_check_of_a_stalled_listener(site: Site, said: list[bytes]) -> None:
+    """A listener that says nothing, or a letter from time to time, holds the check up briefly."""
+    site.configure("lmtp = unix:lmtp")
+    with unix_socket(site.folder / "lmtp") as opened, listener(opened, *said):
+        output = site.done("check")
+    assert "lmtp does not answer within 2 s\n" in output
+
+
+def test_check_of_a_crowded_listener(site: Site) -> None:
+    """A listener that takes no connection off its full backlog holds nothing up either."""
+    path = site.folder / "lmtp"
+    site.configure("lmtp = unix:lmtp")
+    with unix_socket(path) as opened, socket.socket(socket.AF_UNIX) as first:
+        opened.listen(0)
+        first.connect(str(path))
+        assert "lmtp does not answer within 2 s\n" in site.done("check")
+
+
+def test_check_of_a_folder_closed_to_the_group(site: Site) -> None:
+    """A folder that the socket's group cannot pass is warned of."""
+    site.configure("lmtp = unix:lmtp", f"lmtp_group = {os.getegid()}")
+    for mode, passes in ((0o700, False), (0o701, False), (0o710, True), (0o777, True)):
+        site.folder.chmod(mode)
+        assert ("does not let the group" not in site.done("check")) is passes
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from postoffice.cli.checking import _of_listener
+from postoffice.config import UnixPlace
+
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for finding in _of_listener(UnixPlace(Path(sys.argv[1]), 0o660, int(sys.argv[2]))):
+    print(finding.level, finding.status, finding.text)
+"""
+
+
+def as_nobody(path: Path, group: int) -> str:
+    """Return what is found of a socket by a user who is not root."""
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, path, str(group)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_check_of_a_socket_without_the_right_to_it() -> None:
+    """A folder that cannot be written, and a group that cannot be given, are errors."""
+    mine = {os.getegid(), *os.getgroups(), 65534} - ({0} if os.geteuid() == 0 else set())
+    other = next(one for one in grp.getgrall() if one.gr_gid not in mine)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "lmtp"
+        folder.chmod(0o777)
+        assert re.match(
+            rf"error 75 .* is not in the group {other.gr_name}, and cannot give the socket to it\n"
+            rf"warning 0 nobody listens at unix:{path} now\n",
+            as_nobody(path, other.gr_gid),
+        )
+        folder.chmod(0o555)
+        closed = as_nobody(path, other.gr_gid)
+        assert closed.startswith(f"error 75 {folder}, where the socket goes, cannot be written by ")
+        folder.chmod(0)
+        assert f"unix:{path} cannot be reached: Permission denied\n" in as_nobody(path, 0)
+        folder.chmod(0o700)
+
+
 # -- init ------------------------------------------------------------------------------------------
 
 
@@ -508,6 +687,59 @@ def test_messages_page(site: Site) -> None:
     behind = str(2**63 - 2)
     assert site.done("messages", "billing", "--after", behind).startswith("no messages in billing")
     assert site.run("messages", "billing", "--after", "9" * 30).exit_code == 2
+
+
+def test_messages_tell_their_envelopes(site: Site) -> None:
+    """Each message has its envelope, its way in and the mail server's id for it beside it."""
+    heads = (
+        b"Return-Path: <>\nX-Original-To: in+1@x.example\n",
+        b"Return-Path: <bo@steel.example>\nDelivered-To: in+2@x.example\n",
+        b"",
+    )
+    site.deliver(*(head + mail(f"no {number}") for number, head in enumerate(heads)))
+    site.done()
+    envelope = Envelope("di@glass.example", ("in+3@x.example",), 1_750_000_000 * 10**9, "4XyZ")
+    with open_queue(site.uri, "billing") as queue:
+        queue.add(Message.from_bytes(mail("no 3"), envelope=envelope))
+        transaction.commit()
+    listed = site.json("messages", "billing")["messages"]
+    assert [(one["envelope"]["sender"], one["envelope"]["recipients"]) for one in listed] == [
+        ("", ["in+1@x.example"]),
+        ("bo@steel.example", ["in+2@x.example"]),
+        (None, []),
+        ("di@glass.example", ["in+3@x.example"]),
+    ]
+    assert [one["way"] for one in listed] == ["maildir"] * 3 + ["application"]
+    assert [one["mta_queue_id"] for one in listed] == [None, None, None, "4XyZ"]
+    assert {one["to"] for one in listed} == {"in@billing.example.com"}
+    lines = [re.split(r"  +", line) for line in site.done("messages", "billing").splitlines()]
+    assert lines[0] == ["id", "arrived", "from", "to", "subject", "size"]
+    assert [line[3] for line in lines[1:]] == [
+        *("in+1@x.example", "in+2@x.example"),
+        # The envelope is unknown: what the header says.
+        *("in@billing.example.com", "in+3@x.example"),
+    ]
+    senders = ("<> (the null sender: a notice", "bo@steel.example", "unknown", "di@glass.example")
+    for one, sender in zip(listed, senders, strict=True):
+        told = site.json("show", "billing", one["id"])
+        assert {key: told[key] for key in one} == one
+        shown = site.done("show", "billing", one["id"])
+        assert f"\nsender:      {sender}" in shown
+        assert f"\nrecipients:  {', '.join(told['envelope']['recipients']) or 'unknown'}\n" in shown
+        assert f", by {one['way']}\n" in shown
+        assert ("\nMTA's id:    4XyZ\n" in shown) is (one["mta_queue_id"] == "4XyZ")
+
+
+def test_messages_to_many(site: Site) -> None:
+    """An envelope of many recipients is cut in the table, and whole in the JSON."""
+    recipients = tuple(f"in+{number}@x.example" for number in range(1000))
+    site.done()
+    with open_queue(site.uri, "billing") as queue:
+        queue.add(Message.from_bytes(mail("one"), envelope=Envelope("", recipients, 1)))
+        transaction.commit()
+    assert max(map(len, site.done("messages", "billing").splitlines())) < 300
+    (one,) = site.json("messages", "billing")["messages"]
+    assert one["envelope"]["recipients"] == list(recipients)
 
 
 def test_messages_read_no_bodies(site: Site) -> None:

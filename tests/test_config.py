@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paste.deploy.loadwsgi import ConfigLoader
 
-from postoffice.config import IN_MAILDIR, Settings, find, load, set_up_logging
+from postoffice.config import (
+    IN_MAILDIR,
+    Settings,
+    TCPPlace,
+    UnixPlace,
+    find,
+    load,
+    set_up_logging,
+)
 from postoffice.database_uri import blob_folder_fault, shown, uri_fault
 from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
@@ -96,6 +106,9 @@ def test_defaults(folder: Folder) -> None:
     assert settings.loop is None
     assert settings.archive is IN_MAILDIR
     assert settings.archive_keep is None
+    assert settings.lmtp is None
+    assert not settings.rejects_unrouted
+    assert settings.deliver_timeout == 100.0
     assert not settings.has_logging
 
 
@@ -114,15 +127,22 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     text = SAMPLE.read_text(encoding="utf-8")
     options = ["archive =", "archive_keep =", "reject_filters =", "    header_regexp:"]
     options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
+    options += ["lmtp =", "lmtp_mode =", "lmtp_group =", "unrouted =", "deliver_timeout ="]
     for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
+    # Not every machine has a Postfix.
+    text = text.replace("/var/spool/postfix/postoffice/lmtp", "%(here)s/lmtp")
+    text = text.replace("lmtp_group = postfix", f"lmtp_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2
     assert settings.policies == {"support": Policy(), "Customer A": Policy()}
+    assert settings.lmtp == UnixPlace(folder.path / "lmtp", 0o660, os.getgid())
+    assert not settings.rejects_unrouted
+    assert settings.deliver_timeout == 100.0
 
 
 OF_REPOZE_POSTOFFICE = r"""
@@ -944,6 +964,215 @@ def test_a_misspelt_policy_is_an_error(folder: Folder) -> None:
     assert folder.fault(MAIN + "lease = 5\n" + QUEUE).section == "post office"
 
 
+# -- the listener ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("unix:%(here)s/lmtp", "lmtp"),
+        ("unix:lmtp", "lmtp"),
+        ("unix: in/../run/lmtp ; for Postfix", "run/lmtp"),
+        ("unix:run/with spaces # and more", "run/with spaces # and more"),
+        ("unix:gréve", "gréve"),
+    ],
+)
+def test_the_listener_at_a_unix_socket(folder: Folder, value: str, path: str) -> None:
+    """A unix socket's path is relative to the file, its mode 0660, its group the process's own."""
+    (folder.path / "run").mkdir()
+    settings = folder.main(f"lmtp = {value}")
+    assert settings.lmtp == UnixPlace(folder.path / path, 0o660, None)
+    assert settings.warnings == ()
+    assert not (folder.path / path).exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "host", "port", "text"),
+    [
+        ("127.0.0.1:2424", "127.0.0.1", 2424, "127.0.0.1:2424"),
+        ("127.8.9.10:00024 ; a port", "127.8.9.10", 24, "127.8.9.10:24"),
+        ("[::1]:65535", "::1", 65535, "[::1]:65535"),
+        ("[0:0:0:0:0:0:0:1]:1", "::1", 1, "[::1]:1"),
+    ],
+)
+def test_the_listener_at_a_port(
+    folder: Folder, value: str, host: str, port: int, text: str
+) -> None:
+    """A loopback address in digits and a port name a port of this machine."""
+    place = folder.main(f"lmtp = {value}").lmtp
+    assert place == TCPPlace(host, port)
+    assert str(place) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("", "no value"),
+        ("2424", "no address of a listener"),
+        ("127.0.0.1", "no address of a listener"),
+        ("127.0.0.1:", "no address of a listener"),
+        ("127.0.0.1:24x", "no address of a listener"),
+        ("127.0.0.1:٢٤", "no address of a listener"),
+        ("127.0.0.1:2424 # a port", "no address of a listener"),
+        ("[::1]", "no address of a listener"),
+        ("[::1:2424", "no address of a listener"),
+        ("/var/spool/postfix/postoffice/lmtp", "no address of a listener"),
+        ("127.0.0.1:0", "no port"),
+        ("127.0.0.1:65536", "no port"),
+        ("::1:2424", "may be an address without a port"),
+        ("localhost:2424", "no address in digits"),
+        ("inet:127.0.0.1:2424", "no address in digits"),
+        ("lmtp:unix:x:1", "no address in digits"),
+        ("*:2424", "no address in digits"),
+        (":2424", "no address in digits"),
+        ("[]:2424", "no address in digits"),
+        ("127.1:2424", "no address in digits"),
+        ("[" + "1" * 4000 + "]:2424", "no address in digits"),
+        ("0.0.0.0:2424", "no loopback address"),
+        ("192.0.2.1:2424", "no loopback address"),
+        ("128.0.0.1:2424", "no loopback address"),
+        ("[::]:2424", "no loopback address"),
+        ("[2001:db8::1]:2424", "no loopback address"),
+        ("[::ffff:127.0.0.1]:2424", "no loopback address"),
+        ("[::1%lo]:2424", "no loopback address"),
+        ("unix:", "there is no path"),
+        ("unix:no/such/lmtp", "there is no folder"),
+        ("unix:postoffice.ini/lmtp", "there is no folder"),
+        ("unix:postoffice.ini", "no socket"),
+        ("unix:.", "no socket"),
+        ("unix:/", "no socket"),
+        ("unix:" + "x" * 5000, "too many for a socket's address"),
+        ("unix:a\n  b", "goes on in another line"),
+    ],
+)
+def test_places_where_no_listener_can_be(folder: Folder, value: str, fault: str) -> None:
+    """What is no unix socket and no loopback port is told with what would be one."""
+    error = folder.main_fault(f"lmtp = {value}")
+    assert (error.section, error.option) == ("post office", "lmtp")
+    assert fault in error.fault
+    assert len(str(error)) < 6000
+
+
+def test_a_socket_of_107_bytes_is_the_longest(folder: Folder) -> None:
+    """A path that just fits a socket's address is taken, in bytes and not in characters."""
+    rest = 107 - len(os.fsencode(folder.path)) - 1
+    if rest < 2:
+        pytest.skip("the folder for temporary files has too long a path itself")
+    path = folder.path / ("é" * (rest // 2) + "x" * (rest % 2))
+    assert folder.main(f"lmtp = unix:{path}").lmtp == UnixPlace(path)
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(path))
+    # The socket that a listener has left is no obstacle.
+    assert folder.main(f"lmtp = unix:{path}").lmtp == UnixPlace(path)
+    assert "108 bytes" in folder.main_fault(f"lmtp = unix:{path}x").fault
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [("0660", 0o660), ("660", 0o660), ("0600 # us alone", 0o600), ("0220", 0o220)],
+)
+def test_modes_of_the_socket(folder: Folder, value: str, mode: int) -> None:
+    """A mode is three octal digits, with a 0 before them or without."""
+    settings = folder.main("lmtp = unix:lmtp", f"lmtp_mode = {value}")
+    place = settings.lmtp
+    assert isinstance(place, UnixPlace)
+    assert place.mode == mode
+    assert settings.warnings == ()
+
+
+def test_a_socket_for_everybody_is_warned_of(folder: Folder) -> None:
+    """A mode with which every user may deliver is taken, with a warning."""
+    settings = folder.main("lmtp = unix:lmtp", "lmtp_mode = 0666")
+    assert settings.lmtp == UnixPlace(folder.path / "lmtp", 0o666)
+    (warning,) = settings.warnings
+    assert warning.startswith(f"{folder.ini}: [post office] lmtp_mode: every user of this machine")
+
+
+@pytest.mark.parametrize("value", ["", "9", "0668", "66", "06600", "1660", "0o660", "rw", "-660"])
+def test_what_is_no_mode_is_an_error(folder: Folder, value: str) -> None:
+    """A mode in another form, or with more than permissions, is told with the form."""
+    error = folder.main_fault("lmtp = unix:lmtp", f"lmtp_mode = {value}")
+    assert error.option == "lmtp_mode"
+    assert "0660" in error.mend or "leave the option out" in error.mend
+
+
+@pytest.mark.parametrize("value", ["0440", "0", "000", "0555"])
+def test_a_mode_that_lets_nobody_in_is_an_error(folder: Folder, value: str) -> None:
+    """A socket to which nobody may write would never get any mail."""
+    error = folder.main_fault("lmtp = unix:lmtp", f"lmtp_mode = {value}")
+    assert error.option == "lmtp_mode"
+
+
+def test_the_group_of_the_socket(folder: Folder) -> None:
+    """A group is given by its name or its number, and has to exist."""
+    known = grp.getgrgid(os.getgid())
+    for text in (known.gr_name, str(known.gr_gid)):
+        settings = folder.main("lmtp = unix:lmtp", f"lmtp_group = {text}")
+        assert settings.lmtp == UnixPlace(folder.path / "lmtp", 0o660, known.gr_gid)
+    for text in ("no-such-group", "gréve", "4294967295", "9999999999", "9" * 4000, "-1"):
+        error = folder.main_fault("lmtp = unix:lmtp", f"lmtp_group = {text}")
+        assert error.option == "lmtp_group"
+        assert error.fault == f"there is no group {text!r}"
+
+
+@pytest.mark.parametrize("option", ["lmtp_mode = 0660", "lmtp_group = 0"])
+@pytest.mark.parametrize("lines", [[], ["lmtp = 127.0.0.1:2424"]])
+def test_permissions_are_for_a_socket(folder: Folder, option: str, lines: list[str]) -> None:
+    """A mode or a group without a unix socket is an error: somebody believes to be protected."""
+    error = folder.main_fault(*lines, option)
+    assert error.option == option.partition(" ")[0]
+    assert error.fault == "there is no unix socket for it"
+
+
+def test_a_folder_of_the_socket_that_cannot_be_seen(tmp_path: Path) -> None:
+    """A user who may not look into the mail server's folders reads the file all the same."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0)
+    program = (
+        "import os, sys; from postoffice.config.listening import place;"
+        "os.geteuid() or os.setuid(65534); print(place(*sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "unix:hidden/postoffice/lmtp", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (f"unix:{hidden}/postoffice/lmtp\n", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "rejects"), [("discard", False), ("reject", True), ("Reject ; and tell", True)]
+)
+def test_what_becomes_of_unrouted_mail(folder: Folder, value: str, rejects: bool) -> None:
+    """Mail that no queue takes is discarded or rejected."""
+    assert folder.main(f"unrouted = {value}").rejects_unrouted is rejects
+
+
+@pytest.mark.parametrize("value", ["", "bounce", "true", "discard, reject"])
+def test_nothing_else_becomes_of_unrouted_mail(folder: Folder, value: str) -> None:
+    """Any other word is told with the two that there are."""
+    error = folder.main_fault(f"unrouted = {value}")
+    assert error.option == "unrouted"
+    assert not value or error.mend == "write discard or reject"
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("1", 1.0), ("100s", 100.0), ("15m", 900.0), ("900 # the most", 900.0)]
+)
+def test_the_time_of_a_delivery(folder: Folder, value: str, seconds: float) -> None:
+    """A delivery may take from a second to 15 minutes."""
+    assert folder.main(f"deliver_timeout = {value}").deliver_timeout == seconds
+
+
+@pytest.mark.parametrize("value", ["", "0", "0.5", "-1", "901", "16m", "1h", "soon", "9" * 5000])
+def test_times_that_no_delivery_may_take(folder: Folder, value: str) -> None:
+    """No time at all, or one in which the mail server would have bounced the mail, is an error."""
+    error = folder.main_fault(f"deliver_timeout = {value}")
+    assert error.option == "deliver_timeout"
+    assert len(str(error)) < 6000
+
+
 # -- the fingerprint -------------------------------------------------------------------------------
 
 
@@ -971,6 +1200,8 @@ def test_the_fingerprint_stays_otherwise(folder: Folder) -> None:
     text = "[app:main]\nx = y\n" + MAIN + "max_message_size = 1KB\n" + QUEUE
     assert folder.load(text).fingerprint == first
     assert folder.load(text + "max_attempts = 9\nlease = 1m\n").fingerprint == first
+    lines = ("lmtp = 127.0.0.1:2424", "unrouted = reject", "deliver_timeout = 9")
+    assert folder.main("max_message_size = 1k", *lines).fingerprint == first
     assert len(first) == 64
 
 

@@ -1,9 +1,13 @@
-"""``postoffice check``: whether the configuration, the Maildir and the database can be used."""
+"""``postoffice check``: whether configuration, Maildir, listener and database can be used."""
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
+import socket
+import stat
+import time
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
@@ -24,9 +28,14 @@ from postoffice.exceptions import (
 
 if TYPE_CHECKING:
     from postoffice.api import PostOffice
-    from postoffice.config import Settings
+    from postoffice.config import Settings, TCPPlace, UnixPlace
 
 __all__ = ["check_command"]
+
+# Seconds that a listener has for its greeting, and the octets that a reply may have (RFC 5321,
+# 4.5.3.1.5).
+_PATIENCE = 2.0
+_LONGEST_GREETING = 512
 
 
 class _Level(StrEnum):
@@ -60,7 +69,7 @@ def _error(subject: str, text: str, status: int = EX_TEMPFAIL) -> _Finding:
 @shared_options
 @pass_invocation
 def check_command(invocation: Invocation) -> int:
-    """Check the configuration, its filters, the Maildir, the archive and the database.
+    """Check the configuration, its filters, Maildir, archive, LMTP listener and database.
 
     Makes and changes nothing.  A line for each finding: ok, warning or error.
     """
@@ -88,6 +97,7 @@ def _findings(post_office: PostOffice) -> Iterator[_Finding]:
     for subject, findings in (
         ("maildir", _of_maildir(settings.maildir)),
         ("archive", _of_archive(post_office)),
+        ("lmtp", _of_listener(settings.lmtp)),
         ("database", _of_database(post_office)),
     ):
         try:
@@ -166,6 +176,80 @@ def _of_archive(post_office: PostOffice) -> Iterator[_Finding]:
             f"{count(failures, 'message')} {are} set aside in {archive.failed}; "
             "`postoffice import --failed` tries again",
         )
+
+
+def _of_listener(place: UnixPlace | TCPPlace | None) -> Iterator[_Finding]:
+    from postoffice.config import UnixPlace
+
+    if place is None:
+        return
+    if isinstance(place, UnixPlace):
+        yield from _of_socket(place)
+    else:
+        yield _ok("lmtp", str(place))
+    try:
+        greeting = _greeting(place)
+    except (FileNotFoundError, ConnectionRefusedError):
+        yield _warning("lmtp", f"nobody listens at {place} now")
+    except (BlockingIOError, TimeoutError):
+        yield _warning("lmtp", f"a listener at {place} does not answer within {_PATIENCE:g} s")
+    except OSError as error:
+        yield _error("lmtp", f"{place} cannot be reached: {error.strerror}")
+    else:
+        # Whether it has room for another session or not (RFC 5321, 4.3.2).
+        if greeting.startswith((b"220", b"421")):
+            yield _ok("lmtp", f"a listener answers at {place}")
+        else:
+            yield _error("lmtp", f"what answers at {place} is no mail server")
+
+
+def _of_socket(place: UnixPlace) -> Iterator[_Finding]:
+    folder, user = place.path.parent, _user(os.geteuid())
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        yield _error("lmtp", f"{folder}, where the socket goes, cannot be written by {user}")
+        return
+    if place.group is None:
+        yield _ok("lmtp", f"{place.path}, mode {place.mode:04o}")
+        return
+    name = _group(place.group)
+    if os.geteuid() != 0 and place.group not in (os.getegid(), *os.getgroups()):
+        yield _error("lmtp", f"{user} is not in the group {name}, and cannot give the socket to it")
+        return
+    yield _ok("lmtp", f"{place.path}, mode {place.mode:04o}, group {name}")
+    found = folder.stat()
+    if not found.st_mode & (stat.S_IXGRP if found.st_gid == place.group else stat.S_IXOTH):
+        yield _warning("lmtp", f"{folder} does not let the group {name} reach the socket")
+
+
+def _greeting(place: UnixPlace | TCPPlace) -> bytes:
+    """Return the first line, or its beginning, that a listener says; ``b""``: it hangs up.
+
+    :raises TimeoutError: it takes longer than it may.
+    :raises OSError: nobody can be reached there.
+    """
+    from postoffice.config import UnixPlace
+
+    deadline = time.monotonic() + _PATIENCE
+    address: str | tuple[str, int]
+    if isinstance(place, UnixPlace):
+        family, address = socket.AF_UNIX, str(place.path)
+    else:
+        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+        address = (place.host, place.port)
+    said = b""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PATIENCE)
+        probe.connect(address)
+        while b"\n" not in said and len(said) < _LONGEST_GREETING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            probe.settimeout(left)
+            more = probe.recv(_LONGEST_GREETING)
+            if not more:
+                break
+            said += more
+    return said
 
 
 def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
@@ -257,3 +341,10 @@ def _user(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return f"number {gid}"

@@ -22,6 +22,8 @@ __all__ = ["postoffice"]
 # The module that has each command, by the command's name; the order is that of the help.
 _MODULES = {
     "import": "importing",
+    "deliver": "delivering",
+    "lmtp": "receiving",
     "route": "routing",
     "check": "checking",
     "init": "layout",

@@ -87,11 +87,12 @@ class Invocation:
         """Give the post office of the configuration file, with logging set up, and close it."""
         from postoffice.database import open_database
 
-        with self._opened_by(open_database) as post_office:
+        with self.post_office_by(open_database) as post_office:
             yield post_office
 
     @contextmanager
-    def _opened_by(self, opener: Callable[[str], Any]) -> Iterator[PostOffice]:
+    def post_office_by(self, opener: Callable[[str], Any]) -> Iterator[PostOffice]:
+        """Give the post office as :meth:`post_office` does, its database opened by `opener`."""
         from postoffice.api import PostOffice
 
         settings = self.settings()
@@ -113,7 +114,7 @@ class Invocation:
         from postoffice.database import missing_file, open_soon
         from postoffice.exceptions import DepotUnavailable, FolderMissing
 
-        with self._opened_by(open_soon) as post_office:
+        with self.post_office_by(open_soon) as post_office:
             path = missing_file(post_office.settings.zodb_uri)
             if path is not None:
                 raise FolderMissing(

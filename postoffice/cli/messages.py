@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,16 +38,22 @@ _COLUMNS = (
     Column("id"),
     Column("arrived"),
     Column("from", share=2),
+    Column("to", share=2),
     Column("subject", share=3),
     Column("size", right=True),
 )
 _WAITING_COLUMNS = (*_COLUMNS, Column("marks"), Column("state"))
 _QUARANTINE_COLUMNS = (*_COLUMNS, Column("tries", right=True), Column("error", share=3))
 
+# Left out where no message has any.
+_RARE = frozenset({"marks", "state"})
+
 _LARGEST_ID = 2**63 - 2
 _MOST_HEADERS = 200
 _MOST_LINES = 100
 _LONGEST_LINE = 1000
+# As much as an entry has of a header.
+_LONGEST_TO = 200
 
 
 @click.command("messages", short_help="List what waits in a queue, or its quarantine.")
@@ -103,9 +110,21 @@ def messages_command(
     if not cells:
         say(f"no messages {where}" + (f" behind {after}" if after else ""))
         return
-    print_table(_QUARANTINE_COLUMNS if quarantined else _WAITING_COLUMNS, cells)
+    _print_messages(_QUARANTINE_COLUMNS if quarantined else _WAITING_COLUMNS, cells)
     if more:
         complain(f"there are more {where}; the next page: add --after {last}")
+
+
+def _print_messages(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
+    # Marks and states are rare, and a terminal has little room for addresses and subjects.
+    shown = [
+        number
+        for number, column in enumerate(columns)
+        if column.heading not in _RARE or any(row[number] for row in cells)
+    ]
+    print_table(
+        [columns[number] for number in shown], [[row[number] for number in shown] for row in cells]
+    )
 
 
 def _listed(entry: Entry, claim: ClaimStatus | None) -> dict[str, Any]:
@@ -116,6 +135,9 @@ def _listed(entry: Entry, claim: ClaimStatus | None) -> dict[str, Any]:
         "to": entry.header_to,
         "subject": entry.subject,
         "message_id": entry.message_id,
+        "envelope": {"sender": entry.sender, "recipients": list(entry.recipients)},
+        "way": entry.way,
+        "mta_queue_id": entry.mta_queue_id or None,
         "size": entry.size,
         "marks": list(entry.marks),
         "state": entry.state,
@@ -142,6 +164,7 @@ def _row(entry: Entry) -> list[str]:
         str(entry.id),
         local_time(entry.arrived),
         entry.header_from,
+        ", ".join(entry.recipients)[:_LONGEST_TO] or entry.header_to,
         entry.subject,
         size(entry.size),
     ]
@@ -210,10 +233,7 @@ def _shown(
     text, cut = _first_text(message)
     facts.update(
         sha256=entry.digest.hex(),
-        way=entry.way,
         source=entry.source,
-        mta_queue_id=entry.mta_queue_id or None,
-        envelope={"sender": entry.sender, "recipients": list(entry.recipients)},
         archive=entry.archive or None,
         archive_path=_archived(entry, post_office),
         reason=entry.reason,

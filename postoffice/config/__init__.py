@@ -13,14 +13,16 @@ import difflib
 import enum
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from postoffice.config import values
+from postoffice.config import listening, values
 from postoffice.config.database_uri import check_uri
 from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
+from postoffice.config.listening import DEFAULT_MODE, TCPPlace, UnixPlace
 from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
 from postoffice.depot.policy import Policy
@@ -31,6 +33,8 @@ __all__ = [
     "IN_MAILDIR",
     "ArchivePlace",
     "Settings",
+    "TCPPlace",
+    "UnixPlace",
     "find",
     "load",
     "set_up_logging",
@@ -47,13 +51,22 @@ MAIN_OPTIONS = (
     "ooo_throttle_period",
     "archive",
     "archive_keep",
+    "lmtp",
+    "lmtp_mode",
+    "lmtp_group",
+    "unrouted",
+    "deliver_timeout",
 )
 _NUMBERS = frozenset(
-    {"max_message_size", "ooo_loop_frequency", "ooo_throttle_period", "archive_keep"}
+    {
+        *("max_message_size", "ooo_loop_frequency", "ooo_throttle_period", "archive_keep"),
+        *("lmtp_mode", "deliver_timeout"),
+    }
 )
 
 DEFAULT_ZODB_PATH = "/postoffice"
 DEFAULT_THROTTLE_PERIOD = 300
+DEFAULT_DELIVER_TIMEOUT = 100.0
 
 # ConfigParser took what follows white space and a semicolon for a comment until Python 3.2.
 _SEMICOLON_COMMENT = re.compile(r"\s;.*", re.DOTALL)
@@ -84,6 +97,10 @@ class Settings:
     :ivar loop: when senders are throttled; ``None``: never.
     :ivar archive: where originals go: a folder, absolute; :data:`IN_MAILDIR`; or ``None``: nowhere.
     :ivar archive_keep: seconds for which originals are kept; ``None``: for ever.
+    :ivar lmtp: where the LMTP listener is; ``None``: there is none.
+    :ivar rejects_unrouted: whether mail that comes by LMTP or by ``postoffice deliver``, and that
+        no queue takes, is refused, so that the mail server tells its sender; else it is discarded.
+    :ivar deliver_timeout: seconds after which ``postoffice deliver`` gives up, temporarily.
     :ivar has_logging: whether the file configures logging; see :func:`set_up_logging`.
     :ivar warnings: what is allowed and yet hardly meant, a line each.
     :ivar fingerprint: SHA-256, in hex, of all that decides what becomes of a message, the contents
@@ -100,6 +117,9 @@ class Settings:
     loop: LoopRule | None
     archive: Path | Literal[ArchivePlace.IN_MAILDIR] | None
     archive_keep: int | None
+    lmtp: UnixPlace | TCPPlace | None
+    rejects_unrouted: bool
+    deliver_timeout: float
     has_logging: bool
     warnings: tuple[str, ...]
     fingerprint: str
@@ -211,6 +231,7 @@ class _Reader:
         policies = rules.policies()
         rules.warn_of_unreachable(routing)
         loop = self._loop()
+        lmtp = self._lmtp()
         keep = self._converted("archive_keep", values.duration, None)
         if keep == 0:
             file.fail(
@@ -238,6 +259,11 @@ class _Reader:
             loop=loop,
             archive=archive,
             archive_keep=keep,
+            lmtp=lmtp,
+            rejects_unrouted=self._converted("unrouted", values.rejects_unrouted, False),
+            deliver_timeout=self._converted(
+                "deliver_timeout", values.deliver_timeout, DEFAULT_DELIVER_TIMEOUT
+            ),
             has_logging=file.parser.has_section("loggers"),
             warnings=tuple(file.warnings),
             fingerprint=file.fingerprint,
@@ -329,3 +355,29 @@ class _Reader:
             headers = self._converted("ooo_loop_headers", values.header_names, headers)
         period = self._converted("ooo_throttle_period", values.duration, DEFAULT_THROTTLE_PERIOD)
         return LoopRule(frequency, headers, float(period)) if frequency else None
+
+    def _lmtp(self) -> UnixPlace | TCPPlace | None:
+        file = self._file
+
+        def convert(text: str) -> UnixPlace | TCPPlace:
+            return listening.place(text, file.here)
+
+        place = self._converted("lmtp", convert, None)
+        if not isinstance(place, UnixPlace):
+            for option in ("lmtp_mode", "lmtp_group"):
+                if file.parser.has_option(MAIN_SECTION, option):
+                    file.fail(
+                        MAIN_SECTION,
+                        option,
+                        "there is no unix socket for it",
+                        f"write lmtp = unix:PATH, or leave {option} out",
+                    )
+            return place
+        mode = self._converted("lmtp_mode", listening.mode, DEFAULT_MODE)
+        if mode & stat.S_IWOTH:
+            file.warn(
+                MAIN_SECTION,
+                "lmtp_mode",
+                "every user of this machine who can reach the socket may deliver mail by it",
+            )
+        return replace(place, mode=mode, group=self._converted("lmtp_group", listening.group, None))

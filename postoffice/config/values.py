@@ -9,11 +9,13 @@ __all__ = [
     "NUMBER_COMMENT",
     "Fault",
     "attempts",
+    "deliver_timeout",
     "duration",
     "frequency",
     "header_names",
     "lease",
     "path_names",
+    "rejects_unrouted",
     "retry_delay",
     "size",
 ]
@@ -33,6 +35,8 @@ _ATTEMPTS = re.compile(r"[0-9]{1,4}")
 _MOST_ATTEMPTS = 1000
 # The depot has 63 bits for a time in nanoseconds, which end in 2262.
 _LONGEST = 52 * 604800
+# Postfix ends a pipe's command after 1,000 seconds, and bounces the mail.
+_LONGEST_DELIVERY = 15 * 60
 _HEADER_NAME = re.compile(r"[!-9;-~]+")
 
 
@@ -100,6 +104,31 @@ def lease(text: str) -> float:
     if seconds < 1:
         raise Fault(f"{text!r} would end at once", "write 1s or more")
     return seconds
+
+
+def deliver_timeout(text: str) -> float:
+    """Return seconds, from 1 to 900.
+
+    :raises Fault: it is something else.
+    """
+    seconds = duration(text)
+    if not 1 <= seconds <= _LONGEST_DELIVERY:
+        raise Fault(
+            f"{text!r} is no time that a delivery may take",
+            "write 1s to 15m: Postfix itself ends a delivery after 1000s, and bounces the mail",
+        )
+    return float(seconds)
+
+
+def rejects_unrouted(text: str) -> bool:
+    """Return whether the word, ``discard`` or ``reject``, is the latter.
+
+    :raises Fault: it is something else.
+    """
+    words = ("discard", "reject")
+    if text.lower() not in words:
+        raise Fault(f"{text!r} is nothing to do with mail", f"write {' or '.join(words)}")
+    return text.lower() == "reject"
 
 
 def frequency(text: str) -> float:

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = ["ZeoServer", "free_port"]
 
@@ -45,13 +47,23 @@ class ZeoServer:
 
     how = ("SIGKILL", "SIGTERM")
 
-    def __init__(self, folder: Path, address: Path | int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: Path | int,
+        python: Sequence[str] = (sys.executable,),
+        **process: Any,
+    ) -> None:
         """Prepare a server.
 
         :param address: a unix socket's path, or a port of the loopback interface.
+        :param python: the words of the command that runs Python.
+        :param process: how :class:`subprocess.Popen` starts it: ``user`` and the like.
         """
         self.folder = folder
         self._address = address
+        self._python = python
+        self._options = process
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         where = address if isinstance(address, Path) else f"127.0.0.1:{address}"
@@ -71,9 +83,10 @@ class ZeoServer:
         said = self.folder / "zeo.out"
         with open(said, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "ZEO.runzeo", "-C", self._configuration],
+                [*self._python, "-W", "ignore", "-m", "ZEO.runzeo", "-C", self._configuration],
                 stdout=output,
                 stderr=output,
+                **self._options,
             )
         until = time.monotonic() + _LONGEST_SECONDS
         while not self._listens():

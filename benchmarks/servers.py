@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STORAGES", "postgresql_server", "serve", "server_seconds"]
+__all__ = [
+    "STORAGES",
+    "postgresql_server",
+    "serve",
+    "server_seconds",
+    "tree_memory",
+    "tree_seconds",
+]
 
 _PATIENCE = 30.0
 
@@ -87,6 +94,34 @@ def server_seconds(others: Collection[int | None]) -> float:
 
     :param others: the processes of these numbers do not count.
     """
+    return sum(
+        seconds
+        for process, seconds in _below(os.getpid()).items()
+        if process != os.getpid() and process not in others
+    )
+
+
+def tree_seconds(root: int) -> float:
+    """Return the processor time of a process, and of all below it, so far."""
+    return sum(_below(root).values())
+
+
+def tree_memory(root: int) -> float:
+    """Return the memory of a process and of all below it, in MB.
+
+    What several of them share counts once.
+    """
+    total = 0
+    for process in _below(root):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1])
+    return total / 1024
+
+
+def _below(root: int) -> dict[int, float]:
+    """Return the processor time, in seconds, of a process and of each that stems from it."""
     found: dict[int, tuple[int, float]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -94,10 +129,11 @@ def server_seconds(others: Collection[int | None]) -> float:
             # Its own time, and that of its children that have ended.
             ticks = sum(map(int, fields[11:15]))
             found[int(name)] = (int(fields[1]), ticks / os.sysconf("SC_CLK_TCK"))
-    total = 0.0
-    for process, (parent, seconds) in found.items():
-        while parent in found and parent != os.getpid():
-            parent = found[parent][0]
-        if parent == os.getpid() and process not in others:
-            total += seconds
-    return total
+    below = {}
+    for process, (_, seconds) in found.items():
+        above = process
+        while above in found and above != root:
+            above = found[above][0]
+        if above == root:
+            below[process] = seconds
+    return below

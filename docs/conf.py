@@ -42,8 +42,11 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"({'|'.join(_elsewhere)})(\..+)?"),
     # A private base shows in a public class's line, and has no entry of its own.
     (r"py:class", r"(.+\.)?_[^.]+"),
-    # What a module imports from the standard library stands in signatures without its module.
-    (r"py:class", r"(BinaryIO|Blob|Path|StdlibMessage|TracebackType|email\.message\.Message)"),
+    # What a module imports for its signatures alone stands there without its module.
+    (
+        r"py:class",
+        r"(BinaryIO|Blob|Buffer|Path|StdlibMessage|TracebackType|email\.message\.Message)",
+    ),
 ]
 
 

@@ -497,6 +497,8 @@ def write_ini(block: Block, folder: Path) -> Path:
     for line in INI.splitlines()[1:3]:
         if line.partition(" ")[0] not in text:
             text = text.replace("[post office]\n", f"[post office]\n{line}\n")
+    # What is Postfix's need not be here.
+    text = text.replace("unix:/var/spool/postfix/postoffice/", f"unix:{folder}/var/")
     path = folder / "postoffice.ini"
     path.write_text(text.replace(PLACE, str(folder)), encoding="utf-8")
     return path

@@ -148,17 +148,17 @@ def prepare(
         raise ValueError("the message has no envelope")
     values: dict[str, Any] = {"way": way, "source": source, "size": size, **header_values(message)}
     values["arrived"] = envelope.arrived
-    if decision.verdict is not Verdict.QUEUE:
-        return Prepared(source, decision, values, None)
-    digests = digests or Digests(message)
-    buffer = message.buffer
-    values["digest"] = digests.raw()
     if envelope.sender is not None:
         values["sender"] = envelope.sender
     if envelope.recipients:
         values["recipients"] = envelope.recipients
     if envelope.mta_queue_id:
         values["mta_queue_id"] = envelope.mta_queue_id
+    if decision.verdict is not Verdict.QUEUE:
+        return Prepared(source, decision, values, None)
+    digests = digests or Digests(message)
+    buffer = message.buffer
+    values["digest"] = digests.raw()
     if message.oversize:
         values["oversize"] = True
     values["reason"] = decision.reason

@@ -408,11 +408,11 @@ def test_check_of_a_unix_socket(site: Site) -> None:
     path = site.folder / "lmtp"
     site.configure("lmtp = unix:lmtp")
     nobody = f"warning  lmtp: nobody listens at unix:{path} now\n"
-    output = site.done("check")
-    assert f"ok       lmtp: {path}, mode 0660\n{nobody}" in output
-    assert not path.exists()
     name = grp.getgrgid(os.getegid()).gr_name
     site.folder.chmod(0o750)
+    output = site.done("check")
+    assert f"ok       lmtp: {path}, mode 0660, group {name}\n{nobody}" in output
+    assert not path.exists()
     site.configure("lmtp = unix:lmtp", "lmtp_mode = 0620", f"lmtp_group = {name}")
     with unix_socket(path) as opened:
         with listener(opened, b"220 mx.example.com LMTP\r\n"):
@@ -510,6 +510,19 @@ def as_nobody(path: Path, group: int) -> str:
         check=True,
     )
     return done.stdout
+
+
+def test_check_of_a_socket_in_a_folder_that_gives_it_its_group() -> None:
+    """In a folder with the setgid bit the socket has the folder's group, whoever makes it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder to a group that it is not in")
+    other = next(one for one in grp.getgrall() if one.gr_gid not in (0, 65534))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chown(folder, 65534, other.gr_gid)
+        folder.chmod(0o2750)
+        said = as_nobody(folder / "lmtp", other.gr_gid).split("\n")
+        assert said[0] == f"ok 0 {folder}/lmtp, mode 0660, group {other.gr_name}"
 
 
 def test_check_of_a_socket_without_the_right_to_it() -> None:

@@ -56,8 +56,9 @@ def test_each_recipient_is_decided_on(routing: Routing) -> None:
     """Each recipient's queue is found by that recipient alone, and so is its entry's envelope."""
     found = consign(routing, None, parcel(mail("one"), BILLING, "x@elsewhere.example", SALES))
     assert queues(found) == ["billing", None, "sales"]
-    assert [one.values.get("recipients") for one in found.prepared] == [(BILLING,), None, (SALES,)]
-    assert {one.values["sender"] for one in found.prepared if one.raw} == {ANN}
+    recipients = [one.values["recipients"] for one in found.prepared]
+    assert recipients == [(BILLING,), ("x@elsewhere.example",), (SALES,)]
+    assert {one.values["sender"] for one in found.prepared} == {ANN}
     assert found.prepared[1].decision.reason == "no-queue"
 
 

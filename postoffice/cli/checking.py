@@ -208,16 +208,16 @@ def _of_socket(place: UnixPlace) -> Iterator[_Finding]:
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         yield _error("lmtp", f"{folder}, where the socket goes, cannot be written by {user}")
         return
-    if place.group is None:
-        yield _ok("lmtp", f"{place.path}, mode {place.mode:04o}")
-        return
-    name = _group(place.group)
-    if os.geteuid() != 0 and place.group not in (os.getegid(), *os.getgroups()):
+    found = folder.stat()
+    # In a folder with the setgid bit the socket gets the folder's group by itself.
+    given = found.st_gid if found.st_mode & stat.S_ISGID else os.getegid()
+    group = given if place.group is None else place.group
+    name = _group(group)
+    if os.geteuid() != 0 and group not in (given, *os.getgroups()):
         yield _error("lmtp", f"{user} is not in the group {name}, and cannot give the socket to it")
         return
     yield _ok("lmtp", f"{place.path}, mode {place.mode:04o}, group {name}")
-    found = folder.stat()
-    if not found.st_mode & (stat.S_IXGRP if found.st_gid == place.group else stat.S_IXOTH):
+    if not found.st_mode & (stat.S_IXGRP if found.st_gid == group else stat.S_IXOTH):
         yield _warning("lmtp", f"{folder} does not let the group {name} reach the socket")
 
 

@@ -250,9 +250,10 @@ class Deposit:
             log.info("%s: received before", printable(consignment.name(number)))
         if isinstance(outcome, Reply):
             return outcome
-        report(outcome)
         if self._is_refused(outcome.decision):
+            report(outcome, "refused")
             return UNROUTED
+        report(outcome)
         if outcome.id is not None:
             return Reply(250, "2.0.0", f"queued as {outcome.id}")
         return Reply(250, "2.0.0", f"not queued: {outcome.decision.reason}")

@@ -9,6 +9,7 @@ nothing else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import marshal
 import signal
 import socket
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from postoffice.delivery import Prepared
-from postoffice.display import one_line
+from postoffice.display import one_line, printable
 from postoffice.exceptions import PostofficeError
 from postoffice.intake.arrival import Arrival
 from postoffice.intake.consignment import Consignment, Parcel, consign, parcel_of
@@ -31,6 +32,8 @@ from postoffice.queue import BLOB_SIZE
 from postoffice.routing import Routing, is_for_nobody
 
 __all__ = ["LENGTH", "Frames", "Receiver", "consignment_of", "frame"]
+
+log = logging.getLogger("postoffice")
 
 #: What stands in front of each value on the channel: its length in bytes.
 LENGTH = struct.Struct("!Q")
@@ -187,6 +190,11 @@ class _Session:
     def _accept(self, sender: str, recipient: str) -> Reply | None:
         receiver = self._receiver
         if receiver.rejects_unrouted and is_for_nobody(receiver.routing, recipient):
+            log.info(
+                "recipient %s refused: no-queue: sender <%s>",
+                printable(recipient),
+                printable(sender),
+            )
             return UNROUTED
         return None
 

@@ -70,6 +70,7 @@ class Service:
         self._deposit: Deposit | None = None
         self._opens_at = 0.0
         self._opening_delay = _FIRST_DELAY
+        self._fails = False
         self._pid = 0
         self._stopping = False
 
@@ -186,7 +187,11 @@ class Service:
             return [[TRY_LATER] * len(one.parcel.recipients) for one in consignments]
         replies = deposit.store(consignments)
         if deposit.failed:
+            self._fails = True
             self._close()
+        elif self._fails:
+            self._fails = False
+            log.warning("messages are stored again")
         return replies
 
     def _close(self) -> None:
@@ -208,6 +213,7 @@ class Service:
                 self._opening_delay = _FIRST_DELAY
             except (PostofficeError, POSError, TransientError, OSError) as error:
                 log.error("nothing can be stored now: %s", one_line(error))
+                self._fails = True
                 self._close()
                 self._opens_at = time.monotonic() + self._opening_delay
                 self._opening_delay = min(2 * self._opening_delay, _LONGEST_DELAY)

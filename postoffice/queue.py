@@ -24,7 +24,7 @@ from itertools import chain, islice
 from types import TracebackType
 from typing import Any
 
-from transaction.interfaces import NoTransaction
+from transaction.interfaces import NoTransaction, TransientError
 from ZODB.blob import Blob
 from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import POSKeyError
@@ -42,7 +42,14 @@ from postoffice.depot.ids import new_id
 from postoffice.depot.lane import Lane
 from postoffice.depot.queue import QueueRecord
 from postoffice.description import as_message, describe, error_text, message_of, stored_bytes
-from postoffice.exceptions import MessageMissing, MessageTaken, QueueEmpty, QueueRemoved
+from postoffice.display import one_line
+from postoffice.exceptions import (
+    DepotUnavailable,
+    MessageMissing,
+    MessageTaken,
+    QueueEmpty,
+    QueueRemoved,
+)
 from postoffice.fingerprints import duplicate_digest, sender_digest, values_digest
 from postoffice.histories import Histories
 from postoffice.interfaces import ClaimStatus, IEventSink, IQueue, Send
@@ -115,11 +122,14 @@ def open_queue(
         with _transaction(connection.transaction_manager):
             queue = find_queue(connection.root(), queue_name, path)
         return ClosingPair((queue, _Closer(connection, opened)))
-    except BaseException:
+    except BaseException as error:
         if connection is not None:
             _close(connection)
         if opened is not None:
             opened.close()
+        if isinstance(error, TransientError):
+            # Its server went away between the opening and the first look.
+            raise DepotUnavailable(f"the database went away: {one_line(error)}") from error
         raise
 
 

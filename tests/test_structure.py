@@ -51,7 +51,16 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 NARROWED = {
     "depot": {"exceptions", "interfaces", "message"},
     "queue": {
-        *("exceptions", "interfaces", "addresses", "message", "bounces", "fingerprints", "loops"),
+        *(
+            "display",
+            "exceptions",
+            "interfaces",
+            "addresses",
+            "message",
+            "bounces",
+            "fingerprints",
+            "loops",
+        ),
         *("depot", "claimed", "claims", "database", "description", "histories", "outbound"),
         "taking",
     },

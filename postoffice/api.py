@@ -33,6 +33,7 @@ from postoffice.intake.arrival import Arrival
 from postoffice.intake.consignment import consign, parcel_of
 from postoffice.intake.conversation import Reply
 from postoffice.intake.deposit import Deposit, Unrouted
+from postoffice.intake.expiry import Expiry
 from postoffice.intake.listener import TCPAddress, UnixAddress
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader, open_message
@@ -140,7 +141,7 @@ class PostOffice:
         try:
             return find_folder(connection.root(), self.settings.zodb_path)
         except FolderMissing as error:
-            raise FolderMissing(f"{error}; `postoffice import` makes it") from None
+            raise FolderMissing(f"{error}; the first intake of mail makes it") from None
 
     def reconcile_queues(self) -> list[str]:
         """Make the queues of the configuration that the depot does not have; return their names.
@@ -292,7 +293,9 @@ class PostOffice:
             self._folder_of_large_messages(),
             settings.rejects_unrouted,
         )
-        Service(receiver, self._open_deposit, self.close).run(ready)
+        expiry = self.expiry()
+        upkeep = (lambda: None) if expiry is None else (lambda: expiry.work(time.time()))
+        Service(receiver, self._open_deposit, self.close, upkeep).run(ready)
 
     def deliver(self, arrival: Arrival) -> list[Reply]:
         """Store one message; return the reply for each of its recipients.
@@ -360,6 +363,11 @@ class PostOffice:
         place = self.settings.archive
         folder = place if isinstance(place, Path) else None
         return Archive(self.settings.maildir, folder, keeps=place is not None)
+
+    def expiry(self) -> Expiry | None:
+        """Return what removes the archive's older days bit by bit; ``None``: all are kept."""
+        archive, keep = self.archive(), self.settings.archive_keep
+        return None if keep is None or not archive.keeps else Expiry(archive, keep)
 
     # -- what administrators ask and do ------------------------------------------------------------
 
@@ -528,7 +536,7 @@ class QueueStatus:
     :ivar quarantined: how many are in quarantine.
     :ivar oldest: arrival of the message at its head, in nanoseconds since the epoch, or ``None``.
     :ivar configured: whether the configuration has it.
-    :ivar made: whether the depot has it; the next import makes what it has not.
+    :ivar made: whether the depot has it; the next intake of mail makes what it has not.
     """
 
     name: str

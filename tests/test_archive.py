@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -235,6 +236,56 @@ def test_a_full_disk_leaves_no_pieces(
         shutil.rmtree(far)
 
 
+def test_two_that_write_the_same(spool: Path) -> None:
+    """A file that another process is writing is waited for, and neither harms the other."""
+    archive = Archive(spool, None, keeps=True)
+    place = archive.place("one", DAY)
+    path = Path(archive.path(place))
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # The other process has written half when this one begins.
+        def pieces() -> Iterator[bytes]:
+            yield b"x" * 100_000
+            os.write(writing, b".")
+            time.sleep(0.2)
+            yield b"y" * 100_000
+
+        status = 1
+        try:
+            Archive(spool, None, keeps=True).keep(place, pieces())
+            status = 0
+        finally:
+            os._exit(status)
+    os.read(reading, 1)
+    archive.keep(place, [b"x" * 100_000, b"y" * 100_000])
+    assert path.read_bytes() == b"x" * 100_000 + b"y" * 100_000
+    assert os.waitpid(pid, 0)[1] == 0
+    assert os.listdir(path.parent) == ["one"]
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_a_killed_writer_has_left_goes(spool: Path) -> None:
+    """A piece that a process left which was killed is replaced when the message comes again."""
+    archive = Archive(spool, None, keeps=True)
+    place = archive.place("one", DAY)
+    pid = os.fork()
+    if pid == 0:
+
+        def pieces() -> Iterator[bytes]:
+            yield b"x" * 100_000
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        archive.keep(place, pieces())
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    path = Path(archive.path(place))
+    assert [name[-8:] for name in os.listdir(path.parent)] == [".partial"]
+    archive.keep(place, [b"short"])
+    assert os.listdir(path.parent) == ["one"]
+    assert path.read_bytes() == b"short"
+
+
 def test_days_expire_as_a_whole(spool: Path, tmp_path: Path) -> None:
     """What ended longer ago than it is kept goes; other folders, links and odd names stay."""
     folder = tmp_path / "archive"
@@ -266,15 +317,19 @@ def test_days_of_the_maildir_expire(spool: Path) -> None:
 def test_what_cannot_expire_is_logged(
     spool: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A day that cannot be removed is a warning; the next import tries again."""
-    (spool / ".2020.01.01").mkdir()
+    """A day that cannot be removed is a warning, and the next one is removed all the same."""
+    for name in (".2020.01.01", ".2020.01.02"):
+        (spool / name).mkdir()
+    rmdir = os.rmdir
 
     def refuse(path: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+        if path.endswith("01"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        rmdir(path)
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "rmdir", refuse)
     with caplog.at_level(logging.WARNING):
-        assert Archive(spool, None, keeps=True).expire(1, NOON) == []
+        assert Archive(spool, None, keeps=True).expire(1, NOON) == [".2020.01.02"]
     assert ".2020.01.01 cannot be removed" in caplog.text
 
 

@@ -7,6 +7,7 @@ A folder for each day, as a Maildir folder inside the spool or in a place of its
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ _REASON = ".reason"
 # What a file's name may have, in bytes, so that there is room for a suffix.
 _LONGEST_NAME = 240
 _PIECE = 1 << 20
+# How often, and after how many seconds each, a file is asked for that another process writes.
+_ATTEMPTS, _PAUSE = 100, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +203,17 @@ class Archive:
         folder, name = os.path.split(target)
         self._make(folder)
         partial = os.path.join(folder, f".{_short(name)}.partial")
-        try:
-            with open(partial, "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
+        with open(_open_alone(partial), "wb") as file:
+            try:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
-            _rename(partial, target)
-        except BaseException:
-            # On a full disk a piece that is of no use would be in the way of everything.
-            with suppress(OSError):
-                os.unlink(partial)
-            raise
+                _rename(partial, target)
+            except BaseException:
+                # On a full disk a piece that is of no use would be in the way of everything.
+                with suppress(OSError):
+                    os.unlink(partial)
+                raise
         self._touched.add(folder)
 
     def was_set_aside(self, source: str) -> bool:
@@ -270,15 +273,27 @@ class Archive:
     def expire(self, keep: float, now: float) -> list[str]:
         """Remove the folders of days that ended more than `keep` seconds ago; return their names.
 
-        What cannot be removed is logged and tried again by the next import.
+        What cannot be removed is logged, for another time.
+
+        :param now: seconds since the epoch.
+        """
+        return [day for day in self.expiring(keep, now) if day]
+
+    def expiring(self, keep: float, now: float) -> Iterator[str]:
+        """Do as :meth:`expire` does, while it is iterated over.
+
+        Yields ``""`` for a file that is removed, and the name of a day that is removed with all it
+        had.
         """
         parent = str(self._spool if self._folder is None else self._folder)
         last = local_day(now - keep) - timedelta(days=1)
-        removed = []
         try:
             names = sorted(os.listdir(parent))
         except FileNotFoundError:
-            return []
+            return
+        except OSError as error:
+            log.warning("archive cannot be looked into: %s", error)
+            return
         for name in names:
             found = _DAY.fullmatch(name)
             if found is None or name.startswith(".") is not (self._folder is None):
@@ -291,12 +306,12 @@ class Archive:
             if day > last or os.path.islink(path) or not os.path.isdir(path):
                 continue
             try:
-                shutil.rmtree(path)
+                for _ in _removing(path):
+                    yield ""
             except OSError as error:
                 log.warning("archive of %s cannot be removed: %s", name, error)
             else:
-                removed.append(name)
-        return removed
+                yield name
 
 
 def local_day(seconds: float) -> date:
@@ -304,8 +319,56 @@ def local_day(seconds: float) -> date:
     return datetime.fromtimestamp(seconds, UTC).astimezone().date()
 
 
+def _removing(folder: str) -> Iterator[None]:
+    """Remove a folder with all that is in it, a file for each step.
+
+    Nobody else can write to what this user keeps, so that none of it turns into a link meanwhile.
+
+    :raises OSError: something of it cannot be removed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _removing(entry.path)
+                else:
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+                    yield
+        os.rmdir(folder)
+    except FileNotFoundError:
+        # Somebody else removes it too.
+        return
+
+
 def _short(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+
+
+def _open_alone(path: str) -> int:
+    """Open an empty file for writing that no other process writes as long as this one has it open.
+
+    What a process that was killed has left of it is emptied.
+
+    :raises BlockingIOError: another process has it for longer than one can wait.
+    :raises OSError: it cannot be opened.
+    """
+    for _ in range(_ATTEMPTS):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have given the file its final name meanwhile, or removed it.
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(_PAUSE)
+    raise BlockingIOError(errno.EAGAIN, "another process is writing it", path)
 
 
 def _free(source: str, target: str) -> str | None:

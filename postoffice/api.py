@@ -30,6 +30,7 @@ from postoffice.depot.receipts import RECEIPT_SECONDS
 from postoffice.description import header_values
 from postoffice.display import one_line
 from postoffice.exceptions import ConfigurationError, DepotUnavailable, FolderMissing
+from postoffice.health import UNOBSERVED, Health
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.arrival import Arrival
 from postoffice.intake.consignment import consign, parcel_of
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     from postoffice.depot.folder import QueuesFolder
 
-__all__ = ["Explanation", "PostOffice", "QueueStatus"]
+__all__ = ["Explanation", "PostOffice", "QueueStatus", "lmtp_address"]
 
 _ATTEMPTS = 20
 # Objects that a connection keeps while it imports.
@@ -274,13 +275,20 @@ class PostOffice:
 
     # -- messages that come over connections -------------------------------------------------------
 
-    def serve_lmtp(self, ready: Callable[[], None] = lambda: None) -> None:
+    def serve_lmtp(
+        self,
+        ready: Callable[[], None] = lambda: None,
+        listening: socket.socket | None = None,
+        health: Health = UNOBSERVED,
+    ) -> None:
         """Take mail by LMTP where the configuration says, until SIGTERM or SIGINT.
 
         To be called in the main thread of a process that has not opened the database yet.  A
         database that cannot be reached is waited for; clients are told to try again meanwhile.
 
         :param ready: is called when clients can connect.
+        :param listening: a socket that listens there already.
+        :param health: is told how the work goes.
         :raises postoffice.exceptions.ConfigurationError: there is no queue, or no address.
         :raises postoffice.intake.service.CannotListen: the address cannot be listened on.
         """
@@ -297,12 +305,12 @@ class PostOffice:
         receiver = Receiver(
             settings.routing,
             settings.loop,
-            _address(settings.lmtp),
+            listening or lmtp_address(settings.lmtp),
             socket.gethostname(),
             self._folder_of_large_messages(),
             settings.rejects_unrouted,
         )
-        Service(receiver, self._open_deposit, self.close).run(ready)
+        Service(receiver, self._open_deposit, self.close, health).run(ready)
 
     def deliver(self, arrival: Arrival) -> list[Reply]:
         """Store one message; return the reply for each of its recipients.
@@ -317,7 +325,10 @@ class PostOffice:
         try:
             parcel = parcel_of(arrival, time.time_ns(), 1, "pipe")
             consignment = consign(self.settings.routing, self.settings.loop, parcel)
-            return deposit.store([consignment])[0]
+            replies = deposit.store([consignment])[0]
+            if deposit.failed:
+                self.log.error("nothing can be stored now: %s", deposit.reason)
+            return replies
         finally:
             deposit.close()
 
@@ -512,7 +523,8 @@ class PostOffice:
         return done
 
 
-def _address(place: config.UnixPlace | config.TCPPlace) -> UnixAddress | TCPAddress:
+def lmtp_address(place: config.UnixPlace | config.TCPPlace) -> UnixAddress | TCPAddress:
+    """Return what the configuration names, as what can be listened on."""
     if isinstance(place, config.TCPPlace):
         return TCPAddress(place.host, place.port)
     return UnixAddress(str(place.path), place.mode, place.group)

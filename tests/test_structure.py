@@ -25,7 +25,7 @@ PACKAGE = ROOT / "postoffice"
 # A room is a module of postoffice, or a folder with all that is in it.  A room may import those of
 # its own line and of the lines above it.
 LAYERS = (
-    ("exceptions", "interfaces", "display"),
+    ("exceptions", "interfaces", "display", "health"),
     ("expressions", "charsets", "postfix", "workers"),
     ("encoded_words", "addresses", "parameters"),
     ("headers", "mime"),

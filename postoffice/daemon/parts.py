@@ -7,12 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from postoffice.api import PostOffice
-from postoffice.config import Settings
+from postoffice.config import Settings, UnixPlace
 from postoffice.daemon.spool import SpoolPart
 from postoffice.database import database_file, open_soon
 from postoffice.exceptions import ConfigurationError, DepotUnavailable
@@ -52,13 +53,15 @@ class Part:
 def parts_of(settings: Settings) -> list[Part]:
     """Return the parts of a configuration, in the order in which they are started."""
     found = []
-    if _is_served(settings):
+    file, place = database_file(settings.zodb_uri), _served_at(settings)
+    if file is not None and place is not None:
+        name = name_beside(file)
         found.append(
             Part(
                 STORAGE,
-                lambda health, _: _serve_storage(settings, health),
+                lambda health, _: _serve_storage(settings.zodb_uri, place, name, health),
                 _STORAGE_PATIENCE,
-                (settings.zodb_uri, settings.zeo_listen),
+                (settings.zodb_uri, place),
             )
         )
     if settings.lmtp is not None:
@@ -69,8 +72,11 @@ def parts_of(settings: Settings) -> list[Part]:
     return found
 
 
-def _is_served(settings: Settings) -> bool:
-    return database_file(settings.zodb_uri) is not None and settings.zeo_listen is not None
+def _served_at(settings: Settings) -> UnixPlace | None:
+    if not hasattr(settings, "zeo_listen"):
+        f = database_file(settings.zodb_uri)
+        return None if f is None else UnixPlace(Path(f + ".zeo"))
+    return settings.zeo_listen if database_file(settings.zodb_uri) is not None else None
 
 
 def refuse_unserved(settings: Settings) -> None:
@@ -88,7 +94,11 @@ def refuse_unserved(settings: Settings) -> None:
             "a database in one process's memory is of no use to the others",
             "write file://... or another that keeps mail",
         )
-    if settings.lmtp is not None and database_file(uri) is not None and not _is_served(settings):
+    if (
+        settings.lmtp is not None
+        and database_file(uri) is not None
+        and _served_at(settings) is None
+    ):
         raise ConfigurationError(
             str(settings.path),
             "post office",
@@ -105,16 +115,17 @@ def state_place(settings: Settings) -> Path:
 
 
 def _post_office(settings: Settings) -> PostOffice:
-    return PostOffice(settings, _open_served if _is_served(settings) else open_soon)
+    file = database_file(settings.zodb_uri)
+    if file is None or _served_at(settings) is None:
+        return PostOffice(settings, open_soon)
+    return PostOffice(settings, lambda uri: _open_served(uri, file))
 
 
-def _open_served(uri: str) -> Any:
+def _open_served(uri: str, path: str) -> Any:
     """Open a database file by its server, and never by itself: the storage's part has it.
 
     :raises DepotUnavailable: the server is not there.
     """
-    path = database_file(uri)
-    assert path is not None
     name = name_beside(path)
     until = time.monotonic() + _OPENING_SECONDS
     while look(name) is not Presence.LISTENING:
@@ -141,29 +152,21 @@ def _serve_lmtp(settings: Settings, health: Health, listening: socket.socket | N
         post_office.serve_lmtp(listening=listening, health=health)
 
 
-def _serve_storage(settings: Settings, health: Health) -> None:
-    place = settings.zeo_listen
-    file = database_file(settings.zodb_uri)
-    assert place is not None
-    assert file is not None
-
+def _serve_storage(uri: str, place: UnixPlace, name: str, health: Health) -> None:
     def ready() -> None:
         health.well()
-        threading.Thread(target=_probe, args=(name_beside(file), health), daemon=True).start()
+        threading.Thread(target=_probe, args=(name, health), daemon=True).start()
 
-    serve_storage(settings.zodb_uri, place, ready)
+    serve_storage(uri, place, ready)
 
 
 def _probe(name: str, health: Health) -> None:
     """Give a sign of life whenever the server greets a client, which it does by itself."""
     while True:
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(_PROBE_SECONDS)
-                probe.connect(os.path.realpath(name))
-                if probe.recv(1):
-                    health.alive()
-        except OSError:
-            # Without an answer there is no sign.
-            pass
+        # Without an answer there is no sign.
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_SECONDS)
+            probe.connect(os.path.realpath(name))
+            if probe.recv(1):
+                health.alive()
         time.sleep(_PROBE_SECONDS)

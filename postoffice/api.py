@@ -20,7 +20,7 @@ from ZODB.POSException import POSError
 
 from postoffice import config
 from postoffice.claims import living_claims
-from postoffice.database import blob_folder, database_file, open_database
+from postoffice.database import blob_folder, database_file, is_served, open_database
 from postoffice.database_uri import blob_folder_named
 from postoffice.delivery import Intake, memory_of_loops
 from postoffice.depot.durability import sync_folder
@@ -209,9 +209,12 @@ class PostOffice:
     def _sync_folders(self) -> None:
         """Have the folders written to the disk in which a new database was made.
 
-        ZODB writes its file to the disk, and not the name of the file.
+        ZODB writes its file to the disk, and not the name of the file.  The server of a file does
+        it by itself.
         """
         uri = self.settings.zodb_uri
+        if is_served(self.database):
+            return
         made = (database_file(uri), blob_folder(uri))
         for folder in {os.path.dirname(path) for path in made if path is not None}:
             sync_folder(folder)
@@ -336,7 +339,9 @@ class PostOffice:
         """Return a folder from which a file can become a blob without being copied, if there is."""
         blobs = blob_folder_named(self.settings.zodb_uri)
         folder = None if blobs is None else os.path.join(blobs, "tmp")
-        return folder if folder is not None and os.path.isdir(folder) else tempfile.gettempdir()
+        if folder is None or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            return tempfile.gettempdir()
+        return folder
 
     def _open_deposit(self) -> Deposit:
         settings = self.settings

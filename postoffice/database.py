@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import zc.lockfile
 import ZConfig
 import zodburi
+from ZEO.ClientStorage import ClientStorage
 from ZEO.Exceptions import ClientDisconnected
 from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
@@ -26,7 +27,13 @@ from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError, ReadOnlyError
 from zodburi.resolvers import FileStorageURIResolver
 
-from postoffice.database_uri import blob_folder_named, shown, split_uri, uri_fault
+from postoffice.database_uri import (
+    blob_folder_named,
+    database_file,
+    shown,
+    split_uri,
+    uri_fault,
+)
 from postoffice.display import one_line
 from postoffice.exceptions import DepotMisconfigured, DepotUnavailable, PostofficeError
 from postoffice.storage_socket import await_server, holder, is_locked, is_there, remove_dead
@@ -37,6 +44,7 @@ __all__ = [
     "blob_folder",
     "database_file",
     "explained",
+    "is_served",
     "locked_text",
     "mend_files",
     "missing_file",
@@ -161,6 +169,11 @@ def _open_served(uri: str, address: str, seconds: float | None, *, read_only: bo
         database = DB(storage, **options)
         opened.pop_all()
         return database
+
+
+def is_served(database: DB) -> bool:
+    """Say whether an open database is that of a server of ZEO's, by which its files are made."""
+    return isinstance(database.storage, ClientStorage)
 
 
 def mend_files(uri: str) -> None:
@@ -496,13 +509,6 @@ def missing_file(uri: str) -> str | None:
         # Opening it says what is wrong.
         return None
     return next((path for path in found if "$" not in path and not os.path.exists(path)), None)
-
-
-def database_file(uri: str) -> str | None:
-    """Return the path of the file of a ``file://`` URI; ``None`` for any other."""
-    if not uri.startswith("file://"):
-        return None
-    return os.path.abspath(uri.removeprefix("file://").partition("?")[0])
 
 
 def blob_folder(uri: str) -> str | None:

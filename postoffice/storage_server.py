@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 import zc.lockfile
 from BTrees.OOBTree import OOBTree
-from ZEO.asyncio.server import Acceptor
+from ZEO.asyncio.server import Acceptor, ServerProtocol
 from ZEO.StorageServer import StorageServer
-from ZODB.FileStorage import FileStorage
+from ZODB.FileStorage import FileStorage, packed_version
 from ZODB.fsIndex import fsBucket, fsIndex
+from ZODB.utils import u64
 
 from postoffice.database import (
     blob_folder,
@@ -71,6 +72,8 @@ _UNFINISHED_SECONDS = 24 * 3600.0
 _ATTEMPTS = 5
 _ATTEMPT_SECONDS = 0.1
 
+# No transaction ends before.
+_LEAST_POSITION = 40
 _INDEX_SECONDS = 2.0
 _INDEX_REST_SECONDS = 60.0
 # FileStorage reads about 100 MB a second when it has no index of them.
@@ -184,6 +187,19 @@ class _Acceptor(Acceptor):  # type: ignore[misc]  # ZEO has no types
             self.event_loop.create_unix_server(self.factory, sock=bound)
         )
 
+    def factory(self) -> _Protocol:
+        """Return what talks to a client that has connected."""
+        handler = self.storage_server.create_client_handler()
+        return _Protocol(self.event_loop, self.addr, handler, self.msgpack)
+
+
+class _Protocol(ServerProtocol):  # type: ignore[misc]  # ZEO has no types
+    """What talks to a client, and takes it for no error that one goes."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forget the client."""
+        super().connection_lost(None if isinstance(error, ConnectionError) else error)
+
 
 class _ServedFile(FileStorage):  # type: ignore[misc]  # ZODB has no types
     """A FileStorage that is made for a server.
@@ -205,6 +221,35 @@ class _ServedFile(FileStorage):  # type: ignore[misc]  # ZODB has no types
         if not self.is_leaving:
             self.has_failed = True
             self.when_failed()
+
+    def _check_sanity(self, index: Any, pos: int) -> Any:
+        """Return the id of the last transaction, if an index goes up to it; else 0.
+
+        ZODB 6.4 does not believe an index when the last transaction has a record twice, as ZEO
+        makes them of blobs, and then reads the whole file again.
+        """
+        return super()._check_sanity(index, pos) or self._ends_with(index, pos)
+
+    def _ends_with(self, index: Any, pos: int) -> Any:
+        if not _LEAST_POSITION <= pos <= os.fstat(self._file.fileno()).st_size:
+            return 0
+        self._file.seek(pos - 8)
+        length = u64(self._file.read(8))
+        start = pos - length - 8
+        if start < len(packed_version):
+            return 0
+        header = self._read_txn_header(start)
+        if header.tlen != length or header.status not in " p" or length < header.headerlen():
+            return 0
+        at, end = start + header.headerlen(), start + length
+        last: dict[bytes, int] = {}
+        while at < end:
+            record = self._read_data_header(at)
+            if at + record.recordlen() > end or record.tloc != start:
+                return 0
+            last[record.oid] = at
+            at += record.recordlen()
+        return header.tid if last and all(index.get(oid) == last[oid] for oid in last) else 0
 
     def storeBlob(
         self, oid: bytes, old: bytes, data: bytes, file: str, version: str, transaction: Any
@@ -302,8 +347,10 @@ class _Seat:
         self._mode = place.mode
         self._group = place.group
         self._folder = os.path.dirname(self.address)
-        # Beside the address, and no longer than it can be.
-        self._fresh = os.path.join(self._folder, f".{os.getpid()}")
+        # Clients show this name as that of their server.
+        self._fresh = f"{self.address}.{os.getpid()}"
+        if len(os.fsencode(self._fresh)) > LONGEST_ADDRESS:
+            self._fresh = os.path.join(self._folder, f".{os.getpid()}")
         self._files: set[tuple[int, int]] = set()
         if len(os.fsencode(self.address)) > LONGEST_ADDRESS:
             raise PermanentError(

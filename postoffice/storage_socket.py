@@ -64,7 +64,10 @@ def _address(name: str) -> str:
 
 def is_there(path: str) -> bool:
     """Say whether a database file has a server, be it one that is just being restarted."""
-    return look(name_beside(path)) is not Presence.ABSENT
+    try:
+        return look(name_beside(path)) is not Presence.ABSENT
+    except PermissionError:
+        return True
 
 
 def look(name: str) -> Presence:
@@ -75,6 +78,9 @@ def look(name: str) -> Presence:
     try:
         mode = os.lstat(name).st_mode
         if not (stat.S_ISSOCK(mode) or stat.S_ISLNK(mode)):
+            return Presence.ABSENT
+        if len(os.fsencode(_address(name))) > LONGEST_ADDRESS:
+            # A link of somebody else's: no server can be there.
             return Presence.ABSENT
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)

@@ -25,12 +25,14 @@ def serve_command(invocation: Invocation) -> None:
     in hand.
     """
     from postoffice import config
-    from postoffice.daemon import Daemon
+    from postoffice.daemon.supervisor import Daemon
 
     settings = invocation.settings()
 
     def load() -> Settings:
-        return config.load(settings.path)
+        fresh = config.load(settings.path)
+        config.set_up_logging(fresh)
+        return fresh
 
     with invocation.logs(settings):
         Daemon(settings, load).run()

@@ -9,19 +9,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from postoffice.api import PostOffice
 from postoffice.config import Settings, UnixPlace
 from postoffice.daemon.spool import SpoolPart
-from postoffice.database import database_file, open_soon
+from postoffice.database import database_file, is_served, open_soon
 from postoffice.exceptions import ConfigurationError, DepotUnavailable
 from postoffice.health import Health
 from postoffice.storage_server import serve_storage
 from postoffice.storage_socket import Presence, look, name_beside
 
-__all__ = ["LMTP", "SPOOL", "STORAGE", "Part", "parts_of", "refuse_unserved", "state_place"]
+__all__ = ["LMTP", "SPOOL", "STORAGE", "Part", "parts_of", "refuse_unserved"]
 
 STORAGE, LMTP, SPOOL = "storage", "lmtp", "spool"
 
@@ -53,7 +52,7 @@ class Part:
 def parts_of(settings: Settings) -> list[Part]:
     """Return the parts of a configuration, in the order in which they are started."""
     found = []
-    file, place = database_file(settings.zodb_uri), _served_at(settings)
+    file, place = database_file(settings.zodb_uri), settings.zeo_listen
     if file is not None and place is not None:
         name = name_beside(file)
         found.append(
@@ -72,13 +71,6 @@ def parts_of(settings: Settings) -> list[Part]:
     return found
 
 
-def _served_at(settings: Settings) -> UnixPlace | None:
-    if not hasattr(settings, "zeo_listen"):
-        f = database_file(settings.zodb_uri)
-        return None if f is None else UnixPlace(Path(f + ".zeo"))
-    return settings.zeo_listen if database_file(settings.zodb_uri) is not None else None
-
-
 def refuse_unserved(settings: Settings) -> None:
     """Raise an error where the parts could not use the database side by side.
 
@@ -94,11 +86,7 @@ def refuse_unserved(settings: Settings) -> None:
             "a database in one process's memory is of no use to the others",
             "write file://... or another that keeps mail",
         )
-    if (
-        settings.lmtp is not None
-        and database_file(uri) is not None
-        and _served_at(settings) is None
-    ):
+    if settings.lmtp is not None and database_file(uri) is not None and settings.zeo_listen is None:
         raise ConfigurationError(
             str(settings.path),
             "post office",
@@ -108,15 +96,9 @@ def refuse_unserved(settings: Settings) -> None:
         )
 
 
-def state_place(settings: Settings) -> Path:
-    """Return where the daemon of a configuration says how it is."""
-    file = database_file(settings.zodb_uri)
-    return Path(f"{file}.serve") if file is not None else settings.maildir / ".postoffice.serve"
-
-
 def _post_office(settings: Settings) -> PostOffice:
     file = database_file(settings.zodb_uri)
-    if file is None or _served_at(settings) is None:
+    if file is None or settings.zeo_listen is None:
         return PostOffice(settings, open_soon)
     return PostOffice(settings, lambda uri: _open_served(uri, file))
 
@@ -133,7 +115,7 @@ def _open_served(uri: str, path: str) -> Any:
             raise DepotUnavailable(f"database {path}: its server does not run")
         time.sleep(_STEP_SECONDS)
     database = open_soon(uri)
-    if not type(database.storage).__module__.startswith("ZEO"):
+    if not is_served(database):
         # The server died this instant.
         database.close()
         raise DepotUnavailable(f"database {path}: its server does not run")

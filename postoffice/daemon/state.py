@@ -11,14 +11,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from postoffice.config import Settings
+from postoffice.database import database_file
 from postoffice.exceptions import TemporaryError
 
-__all__ = ["DaemonRuns", "DaemonState", "PartState", "StateFile", "read_state"]
+__all__ = ["DaemonRuns", "DaemonState", "PartState", "StateFile", "read_state", "state_place"]
 
 _SIZE = 8192
 _LONGEST_CAUSE = 200
@@ -134,25 +135,30 @@ class StateFile:
             self._descriptor = -1
 
 
-def read_state(paths: Sequence[Path]) -> DaemonState | None:
-    """Return how the daemon is whose state is in the first of these files that a daemon holds.
+def state_place(settings: Settings) -> Path:
+    """Return where the daemon of a configuration says how it is.
 
-    :return: ``None`` if none runs.
-    :raises PermissionError: this user may not read it.
+    Beside the database's file, or else in the Maildir.
     """
-    for path in paths:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found = _parsed(path)
-            if found is not None:
-                return found
-        finally:
-            os.close(descriptor)
+    file = database_file(settings.zodb_uri)
+    return Path(f"{file}.serve") if file is not None else settings.maildir / ".postoffice.serve"
+
+
+def read_state(path: Path) -> DaemonState | None:
+    """Return how the daemon is that holds this file; ``None`` if none does.
+
+    :raises OSError: this user may not read it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _parsed(path)
+    finally:
+        os.close(descriptor)
     return None
 
 

@@ -15,10 +15,10 @@ from types import FrameType
 
 from postoffice.api import lmtp_address
 from postoffice.config import Settings, TCPPlace, UnixPlace
-from postoffice.daemon.parts import LMTP, STORAGE, parts_of, refuse_unserved, state_place
+from postoffice.daemon.parts import LMTP, STORAGE, parts_of, refuse_unserved
 from postoffice.daemon.readiness import Notifier
 from postoffice.daemon.seat import SIGNALS, Process, Seat
-from postoffice.daemon.state import DaemonRuns, DaemonState, StateFile
+from postoffice.daemon.state import DaemonRuns, DaemonState, StateFile, state_place
 from postoffice.display import one_line
 from postoffice.exceptions import PostofficeError
 from postoffice.intake.maildir import make_maildir

@@ -15,7 +15,7 @@ from types import FrameType
 
 from postoffice.api import lmtp_address
 from postoffice.config import Settings, TCPPlace, UnixPlace
-from postoffice.daemon.parts import LMTP, STORAGE, parts_of, refuse_unserved
+from postoffice.daemon.parts import LMTP, STORAGE, Part, parts_of, refuse_unserved
 from postoffice.daemon.readiness import Notifier
 from postoffice.daemon.seat import SIGNALS, Process, Seat
 from postoffice.daemon.state import DaemonRuns, DaemonState, StateFile, state_place
@@ -39,21 +39,28 @@ _STORAGE_GRACE_SECONDS = 15.0
 class Daemon:
     """All that a depot needs to go on.  Belongs to the main thread of a process without others."""
 
-    def __init__(self, settings: Settings, load: Callable[[], Settings]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        parts: Callable[[Settings], list[Part]] = parts_of,
+    ) -> None:
         """Prepare to serve.
 
         :param load: reads the configuration again, when SIGHUP comes, and sets up logging as it
             says.
+        :param parts: says what the processes do.
         :raises postoffice.exceptions.ConfigurationError: it cannot be served.
         """
         refuse_unserved(settings)
         self._settings = settings
         self._load = load
+        self._parts = parts
         self._notifier = Notifier(os.environ)
         self._state_file = StateFile(state_place(settings))
         self._state_fails = False
         self._state_due = 0.0
-        self._seats = {part.name: Seat(part) for part in parts_of(settings)}
+        self._seats = {part.name: Seat(part) for part in parts(settings)}
         self._leaving: list[Process] = []
         self._listening: Listening | None = None
         self._since = time.time()
@@ -200,16 +207,16 @@ class Daemon:
         """Say how things are, to whom it may concern."""
         known = all(seat.is_known for seat in self._seats.values())
         said = "; ".join(map(str, self._seats.values()))
+        now = time.monotonic()
+        if said != self._said or now >= self._state_due:
+            self._state_due = now + _LOOK_SECONDS
+            self._write_state()
         if self._ready_by is not None and (known or time.monotonic() >= self._ready_by):
             self._ready_by = None
             self._notifier.ready(said)
             log.info("serve ready: %s", said)
         elif said != self._said:
             self._notifier.status(said)
-        now = time.monotonic()
-        if said != self._said or now >= self._state_due:
-            self._state_due = now + _LOOK_SECONDS
-            self._write_state()
         self._said = said
 
     def _open_state(self) -> None:
@@ -276,7 +283,7 @@ class Daemon:
             self._state_file = StateFile(state_place(settings))
         self._settings = settings
         before, self._seats = self._seats, {}
-        for part in parts_of(settings):
+        for part in self._parts(settings):
             seat = before.pop(part.name, None)
             if seat is None:
                 seat = Seat(part)

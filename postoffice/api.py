@@ -20,24 +20,27 @@ from ZODB.POSException import POSError
 
 from postoffice import config
 from postoffice.claims import living_claims
-from postoffice.database import blob_folder, database_file, open_database
+from postoffice.database import blob_folder, database_file, is_served, open_database
 from postoffice.database_uri import blob_folder_named
-from postoffice.delivery import Intake
+from postoffice.delivery import Intake, memory_of_loops
 from postoffice.depot.durability import sync_folder
 from postoffice.depot.folder import find_folder, make_folder
+from postoffice.depot.history import DUPLICATE_SECONDS
+from postoffice.depot.receipts import RECEIPT_SECONDS
 from postoffice.description import header_values
 from postoffice.display import one_line
 from postoffice.exceptions import ConfigurationError, DepotUnavailable, FolderMissing
+from postoffice.health import UNOBSERVED, Health
 from postoffice.intake.archive import Archive, Failure
 from postoffice.intake.arrival import Arrival
 from postoffice.intake.consignment import consign, parcel_of
 from postoffice.intake.conversation import Reply
 from postoffice.intake.deposit import Deposit, Unrouted
 from postoffice.intake.expiry import Expiry
+from postoffice.intake.importer import Importer
 from postoffice.intake.listener import TCPAddress, UnixAddress
-from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
-from postoffice.intake.reader import Reader, open_message
-from postoffice.intake.reading import ReaderProcess
+from postoffice.intake.maildir import Maildir, Outcome
+from postoffice.intake.reader import open_message
 from postoffice.intake.receiving import Receiver
 from postoffice.intake.service import Service
 from postoffice.message import Envelope
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
     from postoffice.depot.folder import QueuesFolder
 
-__all__ = ["Explanation", "PostOffice", "QueueStatus"]
+__all__ = ["Explanation", "PostOffice", "QueueStatus", "lmtp_address"]
 
 _ATTEMPTS = 20
 # Objects that a connection keeps while it imports.
@@ -207,9 +210,12 @@ class PostOffice:
     def _sync_folders(self) -> None:
         """Have the folders written to the disk in which a new database was made.
 
-        ZODB writes its file to the disk, and not the name of the file.
+        ZODB writes its file to the disk, and not the name of the file.  The server of a file does
+        it by itself.
         """
         uri = self.settings.zodb_uri
+        if is_served(self.database):
+            return
         made = (database_file(uri), blob_folder(uri))
         for folder in {os.path.dirname(path) for path in made if path is not None}:
             sync_folder(folder)
@@ -229,54 +235,69 @@ class PostOffice:
         :raises DepotUnavailable: the database failed; the rest waits in the Maildir.
         :raises OSError: the Maildir or the archive failed; likewise.
         """
-        settings = self.settings
-        self._refuse_without_queues()
-        fingerprint = self.fingerprint
-        maildir = Maildir(settings.maildir)
-        reader = ReaderProcess(Reader(settings.routing, settings.loop))
+        self.refuse_without_queues()
+        # Who finds another import at work need not wait for the database.
+        maildir = Maildir(self.settings.maildir)
         try:
-            archive = self.archive()
-            if self.reconcile_queues():
-                self._sync_folders()
-            # What was stored is not looked at again; the usual thousands would fill the memory.
-            self.database.setCacheSize(_IMPORT_CACHE)
-            with self.connection() as connection:
-                folder = self.folder(connection)
-                connection.transaction_manager.abort()
-                run = MaildirImport(
-                    maildir,
-                    archive,
-                    connection,
-                    folder,
-                    Intake(folder, settings.loop),
-                    reader,
-                    fingerprint,
-                )
-                outcome = run.run(
-                    retry or (lambda failure: failure.fingerprint != fingerprint), progress
-                )
-            if settings.archive_keep is not None and archive.keeps:
-                for day in archive.expire(settings.archive_keep, time.time()):
-                    self.log.info("archive of %s has expired", day)
-            return outcome
+            with self.open_importer() as importer:
+                return importer.run(maildir, progress, retry)
+        except POSError as error:
+            raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
         finally:
-            reader.close()
             maildir.close()
+
+    def open_importer(self) -> Importer:
+        """Return what imports from the Maildir, again and again; close it before this.
+
+        Queues that are new in the configuration are made.
+
+        :raises postoffice.exceptions.ConfigurationError: there is no queue.
+        :raises DepotUnavailable: the database cannot be opened now, or failed.
+        """
+        self.refuse_without_queues()
+        connection, folder = self._open_depot()
+        return Importer(self.settings, self.archive(), connection, folder, self.fingerprint)
+
+    def expire_histories(self, now: int) -> None:
+        """Drop what queues remember and need not any more, of those that nothing comes to, too.
+
+        :param now: in seconds since the epoch.
+        :raises DepotUnavailable: the database failed.
+        """
+        loop = self.settings.loop
+
+        def work(connection: Any) -> None:
+            folder = self.folder(connection)
+            if folder.receipts is not None:
+                folder.receipts.expire(now - RECEIPT_SECONDS)
+            for name in folder.names():
+                record = folder.get(name)
+                record.duplicates.expire(now - DUPLICATE_SECONDS)
+                record.arrivals.expire(now - memory_of_loops(loop))
+
+        self._committed(work)
 
     # -- messages that come over connections -------------------------------------------------------
 
-    def serve_lmtp(self, ready: Callable[[], None] = lambda: None) -> None:
+    def serve_lmtp(
+        self,
+        ready: Callable[[], None] = lambda: None,
+        listening: socket.socket | None = None,
+        health: Health = UNOBSERVED,
+    ) -> None:
         """Take mail by LMTP where the configuration says, until SIGTERM or SIGINT.
 
         To be called in the main thread of a process that has not opened the database yet.  A
         database that cannot be reached is waited for; clients are told to try again meanwhile.
 
         :param ready: is called when clients can connect.
+        :param listening: a socket that listens there already.
+        :param health: is told how the work goes.
         :raises postoffice.exceptions.ConfigurationError: there is no queue, or no address.
         :raises postoffice.intake.service.CannotListen: the address cannot be listened on.
         """
         settings = self.settings
-        self._refuse_without_queues()
+        self.refuse_without_queues()
         if settings.lmtp is None:
             raise ConfigurationError(
                 str(settings.path),
@@ -288,14 +309,14 @@ class PostOffice:
         receiver = Receiver(
             settings.routing,
             settings.loop,
-            _address(settings.lmtp),
+            listening or lmtp_address(settings.lmtp),
             socket.gethostname(),
             self._folder_of_large_messages(),
             settings.rejects_unrouted,
         )
         expiry = self.expiry()
         upkeep = (lambda: None) if expiry is None else (lambda: expiry.work(time.time()))
-        Service(receiver, self._open_deposit, self.close, upkeep).run(ready)
+        Service(receiver, self._open_deposit, self.close, upkeep, health).run(ready)
 
     def deliver(self, arrival: Arrival) -> list[Reply]:
         """Store one message; return the reply for each of its recipients.
@@ -305,12 +326,15 @@ class PostOffice:
         :raises postoffice.exceptions.PostofficeError: it cannot be stored now.
         :raises OSError: likewise.
         """
-        self._refuse_without_queues()
+        self.refuse_without_queues()
         deposit = self._open_deposit()
         try:
             parcel = parcel_of(arrival, time.time_ns(), 1, "pipe")
             consignment = consign(self.settings.routing, self.settings.loop, parcel)
-            return deposit.store([consignment])[0]
+            replies = deposit.store([consignment])[0]
+            if deposit.failed:
+                self.log.error("nothing can be stored now: %s", deposit.reason)
+            return replies
         finally:
             deposit.close()
 
@@ -318,12 +342,27 @@ class PostOffice:
         """Return a folder from which a file can become a blob without being copied, if there is."""
         blobs = blob_folder_named(self.settings.zodb_uri)
         folder = None if blobs is None else os.path.join(blobs, "tmp")
-        return folder if folder is not None and os.path.isdir(folder) else tempfile.gettempdir()
+        if folder is None or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            return tempfile.gettempdir()
+        return folder
 
     def _open_deposit(self) -> Deposit:
         settings = self.settings
+        connection, folder = self._open_depot()
+        return Deposit(
+            connection,
+            folder,
+            Intake(folder, settings.loop),
+            self.archive(),
+            self.fingerprint,
+            Unrouted.REJECT if settings.rejects_unrouted else Unrouted.DISCARD,
+        )
+
+    def _open_depot(self) -> tuple[Any, QueuesFolder]:
+        """Return a connection of its own transactions, and the depot in it with all its queues."""
         if self.reconcile_queues():
             self._sync_folders()
+        # What was stored is not looked at again; the usual thousands would fill the memory.
         self.database.setCacheSize(_IMPORT_CACHE)
         manager = TransactionManager(explicit=True)
         connection = self.database.open(manager)
@@ -334,16 +373,13 @@ class PostOffice:
         except BaseException:
             connection.close()
             raise
-        return Deposit(
-            connection,
-            folder,
-            Intake(folder, settings.loop),
-            self.archive(),
-            self.fingerprint,
-            Unrouted.REJECT if settings.rejects_unrouted else Unrouted.DISCARD,
-        )
+        return connection, folder
 
-    def _refuse_without_queues(self) -> None:
+    def refuse_without_queues(self) -> None:
+        """Raise an error unless there is a queue that mail could go to.
+
+        :raises postoffice.exceptions.ConfigurationError: there is none.
+        """
         if not self.settings.routing.queues:
             raise ConfigurationError(
                 str(self.settings.path),
@@ -500,7 +536,8 @@ class PostOffice:
         return done
 
 
-def _address(place: config.UnixPlace | config.TCPPlace) -> UnixAddress | TCPAddress:
+def lmtp_address(place: config.UnixPlace | config.TCPPlace) -> UnixAddress | TCPAddress:
+    """Return what the configuration names, as what can be listened on."""
     if isinstance(place, config.TCPPlace):
         return TCPAddress(place.host, place.port)
     return UnixAddress(str(place.path), place.mode, place.group)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,29 +19,47 @@ from urllib.parse import parse_qsl, urlsplit
 import zc.lockfile
 import ZConfig
 import zodburi
+from ZEO.ClientStorage import ClientStorage
 from ZEO.Exceptions import ClientDisconnected
 from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
 from ZODB.POSException import POSError, ReadOnlyError
+from zodburi.resolvers import FileStorageURIResolver
 
-from postoffice.database_uri import blob_folder_named, shown, split_uri, uri_fault
-from postoffice.display import one_line, printable
-from postoffice.exceptions import DepotMisconfigured, DepotUnavailable
+from postoffice.database_uri import (
+    blob_folder_named,
+    database_file,
+    shown,
+    split_uri,
+    uri_fault,
+)
+from postoffice.display import one_line
+from postoffice.exceptions import DepotMisconfigured, DepotUnavailable, PostofficeError
+from postoffice.storage_socket import await_server, holder, is_locked, is_there, remove_dead
+from postoffice.zeo_client import ask_for_new_ids, client_of
 
 __all__ = [
     "DatabaseMissing",
     "blob_folder",
     "database_file",
+    "explained",
+    "is_served",
+    "locked_text",
+    "mend_files",
     "missing_file",
     "open_database",
     "open_for_inspection",
     "open_soon",
+    "quota",
+    "remove_unfinished_blobs",
 ]
 
 _LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
 _STORAGE_PATH = re.compile(r"<filestorage[^>]*>[^<]*?^[ \t]*path[ \t]+(\S+)", re.I | re.M)
 _SOON = 5
+# Seconds to wait for the server of a file that is being restarted.
+_PATIENCE = 10
 # Of a zeo:// URI without one.
 _ZEO_PORT = 9991
 # Loggers of RelStorage's that tell of each failure to connect.
@@ -83,18 +101,16 @@ class DatabaseMissing(DepotUnavailable):
 def open_database(uri: str) -> DB:
     """Open the database that a zodburi URI names.
 
+    A file that is served, as by ``postoffice serve``, is opened by way of its server.  One whose
+    server is being restarted is waited for, for 10 s at most.
+
     While it is open, its server may go away and come back: what is under way then fails with a
     :exc:`transaction.interfaces.TransientError`, whatever the storage.
 
     :raises DepotUnavailable: it is locked, unreachable or unreadable; the text says what and,
         for a locked file, which process holds it and how to let several processes in.
     """
-    try:
-        _mend_packed_file(uri)
-        _mend_blob_folder(uri)
-    except OSError as error:
-        raise DepotUnavailable(f"database {shown(uri)}: {_what_is_wrong(error, uri)}") from error
-    return _open(uri, shown(uri))
+    return _open_by_anybody(uri)
 
 
 def open_soon(uri: str) -> DB:
@@ -104,8 +120,7 @@ def open_soon(uri: str) -> DB:
 
     :raises DepotUnavailable: as :func:`open_database`.
     """
-    limited = _with_limit(uri)
-    return open_database(uri) if limited == uri else _open(limited, shown(uri))
+    return _open_by_anybody(uri, _SOON)
 
 
 def _with_limit(uri: str) -> str:
@@ -115,6 +130,77 @@ def _with_limit(uri: str) -> str:
     if option is None or option in dict(parse_qsl(query)):
         return uri
     return f"{place}?{query}&{option}={_SOON}" if query else f"{place}?{option}={_SOON}"
+
+
+def _open_by_anybody(uri: str, seconds: float | None = None) -> DB:
+    """Open a database, a file by its server where it has one.
+
+    :param seconds: how long to wait for a server; ``None``: the usual time.
+    """
+    path = database_file(uri)
+    if path is None:
+        return _open(uri if seconds is None else _with_limit(uri), shown(uri))
+    while True:
+        address = await_server(path, seconds or _PATIENCE)
+        if address is not None:
+            return _open_served(uri, address, seconds)
+        try:
+            with explained(uri):
+                mend_files(uri)
+            opened = _open(uri, shown(uri))
+        except DepotUnavailable as error:
+            if isinstance(error.__cause__, zc.lockfile.LockError) and is_there(path):
+                # A server came first.
+                continue
+            raise
+        remove_dead(path)
+        return opened
+
+
+def _open_served(uri: str, address: str, seconds: float | None, *, read_only: bool = False) -> DB:
+    """Open the database of a file by its server.
+
+    :param seconds: how long to wait for it, now and whenever it is away; ``None``: the usual time.
+    """
+    _, options = _resolved(uri, shown(uri))
+    with explained(uri), ExitStack() as opened:
+        storage = client_of(address, blob_folder(uri), seconds, read_only=read_only)
+        opened.callback(storage.close)
+        database = DB(storage, **options)
+        opened.pop_all()
+        return database
+
+
+def is_served(database: DB) -> bool:
+    """Say whether an open database is that of a server of ZEO's, by which its files are made."""
+    return isinstance(database.storage, ClientStorage)
+
+
+def mend_files(uri: str) -> None:
+    """Make good what a process that was killed has left of a file, which is not in use.
+
+    :raises OSError: it cannot be looked at.
+    """
+    _mend_packed_file(uri)
+    _mend_blob_folder(uri)
+
+
+def quota(uri: str) -> int | None:
+    """Return how large a server lets the file of a URI become, in bytes; ``None``: any size.
+
+    :raises DepotMisconfigured: the URI asks for what is not for a server.
+    """
+    _resolved(uri, shown(uri))
+    options: dict[str, Any] = dict(parse_qsl(uri.partition("?")[2]))
+    for option in ("create", "read_only", "demostorage"):
+        if option in options:
+            raise DepotMisconfigured(
+                f"zodb_uri {shown(uri)}: a file with the option {option} cannot be served; "
+                "leave it out"
+            )
+    options, _ = FileStorageURIResolver().interpret_kwargs(options)
+    found: int | None = options.get("quota")
+    return found
 
 
 def _mend_packed_file(uri: str) -> None:
@@ -164,6 +250,21 @@ def _check_blob_folder(uri: str) -> None:
 
 def _open(uri: str, name: str) -> DB:
     """Open a database; in errors it is called `name`."""
+    storage_factory, options = _resolved(uri, name)
+    with explained(uri, name), ExitStack() as opened:
+        _check_blob_folder(uri)
+        with _without_warnings_of_relstorage():
+            storage = storage_factory()
+            opened.callback(storage.close)
+            _adopt(storage)
+            remove_unfinished_blobs(uri, storage, 0)
+            database = DB(storage, **options)
+        opened.pop_all()
+        return database
+
+
+def _resolved(uri: str, name: str) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Return what makes the storage of a URI, and the options of its database."""
     fault = uri_fault(uri)
     if fault is not None:
         raise DepotMisconfigured(f"zodb_uri {name}: {fault[0]}; {fault[1]}")
@@ -181,20 +282,28 @@ def _open(uri: str, name: str) -> DB:
         raise DepotUnavailable(f"zodb_uri {name}: {_one_line(error)}") from error
     except (ValueError, ImportError, ZConfig.ConfigurationError) as error:
         raise DepotMisconfigured(f"zodb_uri {name}: {_configuration_fault(error)}") from error
-    storage = None
+    return storage_factory, options
+
+
+@contextmanager
+def explained(uri: str, name: str | None = None) -> Iterator[None]:
+    """Turn what a storage raises when it is opened into one line.
+
+    :param name: what the database is called in it; ``None``: its URI.
+    :raises DepotUnavailable: it was.
+    """
+    name = name or shown(uri)
     try:
-        _check_blob_folder(uri)
-        with _without_warnings_of_relstorage():
-            storage = storage_factory()
-            _adopt(storage)
-            _clean(storage, uri)
-            return DB(storage, **options)
+        yield
+    except PostofficeError:
+        raise
     except zc.lockfile.LockError as error:
         found = _LOCKED.search(str(error))
-        raise DepotUnavailable(_locked(found[1] if found else urlsplit(uri).path, uri)) from error
+        raise DepotUnavailable(
+            locked_text(found[1] if found else urlsplit(uri).path, uri)
+        ) from error
     except ReadOnlyError:
         # A database of which not even the root is there is written to when it is opened.
-        _close(storage)
         raise DatabaseMissing(f"database {name} is empty") from None
     except FileStorageFormatError as error:
         raise DepotUnavailable(
@@ -204,7 +313,6 @@ def _open(uri: str, name: str) -> DB:
     except Exception as error:
         # A storage's own driver raises errors of its own; which, only it knows.  What is not
         # known is temporary.
-        _close(storage)
         raise DepotUnavailable(f"database {name}: {_what_is_wrong(error, uri)}") from error
 
 
@@ -224,20 +332,25 @@ def _adopt(storage: Any) -> None:
         relational.make_outages_transient(storage)
         relational.raise_ids(storage)
     elif kind == "ZEO":
-        from postoffice.zeo_client import ask_for_new_ids
-
         ask_for_new_ids(storage)
 
 
-def _clean(storage: Any, uri: str) -> None:
-    """Remove what processes that were killed have left of blobs; their lock is ours now."""
+def remove_unfinished_blobs(uri: str, storage: Any, seconds: float) -> None:
+    """Remove what processes that were killed have left of blobs.
+
+    :param storage: of the URI's file, with its lock; any other is left alone.
+    :param seconds: for how long nobody has written to what is removed.  Where others than this
+        process may have been at work with the blobs, some of it is theirs.
+    """
     folder = blob_folder(uri)
     if folder is None or database_file(uri) is None or storage.isReadOnly():
         return
+    oldest = time.time() - seconds
     for one in os.scandir(os.path.join(folder, "tmp")):
         # What cannot be removed takes its place, and is no reason to stay away.
         with suppress(OSError):
-            os.unlink(one.path)
+            if one.stat(follow_symlinks=False).st_mtime <= oldest:
+                os.unlink(one.path)
 
 
 def _relational() -> ModuleType:
@@ -270,6 +383,8 @@ def _what_is_wrong(error: Exception, uri: str) -> str:
     if folder is not None:
         return f"{folder} cannot be used ({_reason(error)}); name one that this user can write to"
     if isinstance(error, ClientDisconnected):
+        if uri.startswith("file://"):
+            return "its server does not answer; `postoffice serve` may hang, or is being restarted"
         return _what_is_wrong_at(uri) if uri.startswith("zeo://") else "its ZEO server is not there"
     said = _one_line(error)
     if type(error).__name__ == "NoDriversAvailableError":
@@ -342,16 +457,7 @@ def open_for_inspection(uri: str) -> DB:
     """
     path = database_file(uri)
     if path is not None:
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            raise DatabaseMissing(f"there is no database {path} yet") from None
-        except OSError as error:
-            raise DepotUnavailable(f"database {path}: {error.strerror}") from error
-        if _is_locked(f"{path}.lock"):
-            raise DepotUnavailable(_locked(path, uri))
-
-        return _open(f"file://{path}?read_only=1", path)
+        return _open_file_for_inspection(uri, path)
     missing = missing_file(uri)
     if missing is not None:
         raise DatabaseMissing(f"there is no database {missing} yet")
@@ -359,6 +465,23 @@ def open_for_inspection(uri: str) -> DB:
         joint = "&" if "?" in uri else "?"
         return _open(_with_limit(f"{uri}{joint}read_only=1"), shown(uri))
     return open_soon(uri)
+
+
+def _open_file_for_inspection(uri: str, path: str) -> DB:
+    while True:
+        address = await_server(path, _SOON)
+        if address is not None:
+            return _open_served(uri, address, _SOON, read_only=True)
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            raise DatabaseMissing(f"there is no database {path} yet") from None
+        except OSError as error:
+            raise DepotUnavailable(f"database {path}: {error.strerror}") from error
+        if not is_locked(path):
+            return _open(f"file://{path}?read_only=1", path)
+        if not is_there(path):
+            raise DepotUnavailable(locked_text(path, uri))
 
 
 def missing_file(uri: str) -> str | None:
@@ -374,7 +497,8 @@ def missing_file(uri: str) -> str | None:
         try:
             os.stat(path)
         except FileNotFoundError:
-            return path
+            # While its server packs a file, there is none for an instant.
+            return None if is_there(path) else path
         return None
     if not uri.startswith("zconfig://"):
         return None
@@ -387,13 +511,6 @@ def missing_file(uri: str) -> str | None:
     return next((path for path in found if "$" not in path and not os.path.exists(path)), None)
 
 
-def database_file(uri: str) -> str | None:
-    """Return the path of the file of a ``file://`` URI; ``None`` for any other."""
-    if not uri.startswith("file://"):
-        return None
-    return os.path.abspath(uri.removeprefix("file://").partition("?")[0])
-
-
 def blob_folder(uri: str) -> str | None:
     """Return the path of the folder of blobs of a ``file://`` URI; ``None`` for any other."""
     if not uri.startswith("file://"):
@@ -402,70 +519,25 @@ def blob_folder(uri: str) -> str | None:
     return os.path.abspath(named) if named else None
 
 
-def _is_locked(lock_path: str) -> bool:
-    try:
-        descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _close(storage: Any) -> None:
-    if storage is not None:
-        storage.close()
-
-
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return one_line(error)
 
 
-def _locked(path: str, uri: str) -> str:
+def locked_text(path: str, uri: str) -> str:
+    """Return by whom the file of a URI is locked, and how several processes can use it."""
     folder = os.path.dirname(path)
     blobs = blob_folder(uri) or f"{folder}/blobs"
-    holder = _holder(path + ".lock")
-    if "runzeo" in holder:
+    process = holder(path)
+    if "runzeo" in process:
         return (
-            f"database {path} is served by {holder}.  Write what reaches that into postoffice.ini "
+            f"database {path} is served by {process}.  Write what reaches that into postoffice.ini "
             "and wherever the application names the database:\n"
             f"    zodb_uri = zeo://{folder}/zeo.sock?blob_dir={blobs}&shared_blob_dir=true"
         )
     return (
-        f"database {path} is locked by {holder}; a FileStorage serves one "
-        "process at a time.  To share it, stop that process, run the first line, and write the "
-        "second into postoffice.ini and wherever the application names the database:\n"
-        f"    runzeo -C {_server_configuration(folder)}\n"
-        f"    zodb_uri = zeo://{folder}/zeo.sock?blob_dir={blobs}&shared_blob_dir=true"
+        f"database {path} is locked by {process}; a file can be opened by one process at a time.  "
+        "To share it, stop that process, start `postoffice serve`, and then start that process "
+        "again, which will find the server by the same URI"
     )
-
-
-def _server_configuration(folder: str) -> str:
-    for place in (os.path.dirname(folder), folder):
-        path = os.path.join(place, "zeo.conf")
-        if os.path.exists(path):
-            return path
-    return "zeo.conf    (`postoffice init DIR` writes one to start from)"
-
-
-def _holder(lock_path: str) -> str:
-    try:
-        with open(lock_path, encoding="ascii", errors="replace") as file:
-            pid = file.read(64).split()[0]
-    except (OSError, IndexError):
-        return "another process"
-    if not pid.isdigit():
-        return "another process"
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read(4096).replace(b"\0", b" ").decode("utf-8", "replace")
-    except OSError:
-        return f"process {pid}"
-    shown = printable(words.strip()[:80])
-    return f"process {pid} ({shown})" if shown else f"process {pid}"

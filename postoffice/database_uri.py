@@ -12,7 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-__all__ = ["blob_folder_fault", "blob_folder_named", "shown", "split_uri", "uri_fault"]
+__all__ = [
+    "blob_folder_fault",
+    "blob_folder_named",
+    "database_file",
+    "shown",
+    "split_uri",
+    "uri_fault",
+]
 
 # For each scheme of RelStorage's the drivers of which it needs one, and what brings the usual one.
 _DRIVERS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -138,6 +145,13 @@ def _postgres_fault(uri: str) -> tuple[str, str] | None:
     if re.search(r"['\\\s]", f"{parts.username}{parts.password}{parts.path}"):
         return "its user, password or database holds a quote, backslash or blank", _DSN
     return None
+
+
+def database_file(uri: str) -> str | None:
+    """Return the path of the file of a ``file://`` URI; ``None`` for any other."""
+    if not uri.startswith("file://"):
+        return None
+    return os.path.abspath(uri.removeprefix("file://").partition("?")[0])
 
 
 def blob_folder_named(uri: str) -> str | None:

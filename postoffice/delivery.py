@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from postoffice.depot.folder import QueuesFolder
     from postoffice.interfaces import IEventSink
 
-__all__ = ["Intake", "Prepared", "Result", "oversize_message", "prepare"]
+__all__ = ["Intake", "Prepared", "Result", "memory_of_loops", "oversize_message", "prepare"]
 
 log = logging.getLogger("postoffice")
 
@@ -173,6 +173,11 @@ def prepare(
     return Prepared(source, decision, values, raw, digests.duplicate(), sender, values_of_loop)
 
 
+def memory_of_loops(loop: LoopRule | None) -> int:
+    """Return for how many seconds an arrival matters to a rule that throttles senders."""
+    return _SHORTEST_MEMORY if loop is None else max(_SHORTEST_MEMORY, loop.interval // 10**9 + 1)
+
+
 class Intake:
     """Commits prepared messages to the queues of one depot, in the connection's transaction.
 
@@ -245,7 +250,7 @@ class Intake:
         if self._loop is not None and message.sender:
             if self._throttled(queue, self._loop, message):
                 decision = as_throttled(decision)
-            keep = max(_SHORTEST_MEMORY, self._loop.interval // 1_000_000_000 + 1)
+            keep = memory_of_loops(self._loop)
             arrived = message.values["arrived"]
             queue.histories.arrived(message.sender, message.loop_values, arrived, seconds, keep)
         values = dict(message.values)

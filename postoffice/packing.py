@@ -20,7 +20,7 @@ from ZODB.FileStorage.FileStorage import FileStorage
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "durably_packed"]
 
 # By their names: RelStorage need not be installed.
 _BUSY_ERRORS = {"LockError", "UnableToAcquirePackUndoLockError"}
@@ -96,7 +96,7 @@ class Packing:
     def _alone(self) -> Iterator[None]:
         """Keep out a second packing where the storage does not, and see to a file's safety."""
         if self._file is not None:
-            with _safe_copy(self._file):
+            with durably_packed(self._file):
                 yield
             return
         # RelStorage has no lock against it on SQLite, whose adapter alone has this folder.
@@ -127,8 +127,10 @@ def _copy_of(file: Any) -> str:
 
 
 @contextlib.contextmanager
-def _safe_copy(file: Any) -> Iterator[None]:
-    """Have the copy on the disk before it takes the file's place, and leave none behind.
+def durably_packed(file: Any) -> Iterator[None]:
+    """Whenever a FileStorage is packed, have the copy on the disk before it takes its place.
+
+    In the end there is none left behind.
 
     ZODB renames the copy without fsync: a power failure soon afterwards could leave an empty file.
     """

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from postoffice.display import one_line, printable
 from postoffice.exceptions import EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, PostofficeError
 
-__all__ = ["FIRST_DELAY", "LONGEST_DELAY", "SOUND_AFTER", "Refusal", "Workers"]
+__all__ = ["FIRST_DELAY", "LONGEST_DELAY", "SOUND_AFTER", "Refusal", "Workers", "die_with"]
 
 log = logging.getLogger("postoffice")
 
@@ -142,7 +142,7 @@ class Workers:
             for other in self._seats:
                 if other.process:
                     os.close(other.report)
-            _die_with(parent)
+            die_with(parent)
             for number in _STOPS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -224,7 +224,7 @@ def _blocked() -> Iterator[_Mask]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel send this process a SIGTERM when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:

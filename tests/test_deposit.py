@@ -513,13 +513,12 @@ def test_a_conflict_is_no_failure(frail: Counter, storage: Storage) -> None:
     assert len(blobs(frail)) == 1
 
 
-def test_conflicts_without_end(
-    frail: Counter, storage: Storage, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_conflicts_without_end(frail: Counter, storage: Storage) -> None:
     """Where every attempt meets another commit, the client is told to try again, in time."""
     storage.voting = [ConflictError() for _ in range(100)]
     assert frail.told(frail.consignment(mail("one"))) == [[LATER]]
-    assert "nothing can be stored now: the database refuses" in caplog.text
+    assert frail.deposit.failed
+    assert "the database refuses" in frail.deposit.reason
     storage.voting = []
     assert frail.told(frail.consignment(mail("one"))) == [[QUEUED]]
 

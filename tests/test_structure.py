@@ -25,7 +25,7 @@ PACKAGE = ROOT / "postoffice"
 # A room is a module of postoffice, or a folder with all that is in it.  A room may import those of
 # its own line and of the lines above it.
 LAYERS = (
-    ("exceptions", "interfaces", "display"),
+    ("exceptions", "interfaces", "display", "health"),
     ("expressions", "charsets", "postfix", "workers"),
     ("encoded_words", "addresses", "parameters"),
     ("headers", "mime"),
@@ -33,9 +33,12 @@ LAYERS = (
     ("filters", "loops", "bounces", "fingerprints"),
     ("routing",),
     ("depot",),
-    ("claims", "database_uri", "relational", "zeo_client", "description", "outbound", "packing"),
+    (
+        *("claims", "database_uri", "relational", "zeo_client", "description", "outbound"),
+        *("packing", "storage_socket"),
+    ),
     ("database",),
-    ("taking", "claimed"),
+    ("taking", "claimed", "storage_server"),
     ("histories",),
     ("queue", "config"),
     ("__init__",),
@@ -65,7 +68,10 @@ NARROWED = {
         "taking",
     },
     "claims": {"depot"},
-    "database": {"display", "exceptions", "database_uri", "relational", "zeo_client"},
+    "database": {
+        *("display", "exceptions", "database_uri", "relational", "storage_socket", "zeo_client"),
+    },
+    "storage_socket": {"display", "exceptions"},
     "relational": {"display", "exceptions"},
     "postfix": {"exceptions"},
     "zeo_client": set(),

@@ -257,8 +257,10 @@ def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
         DatabaseMissing,
         blob_folder,
         database_file,
+        is_served,
         open_for_inspection,
     )
+    from postoffice.storage_socket import holder
 
     settings = post_office.settings
     path = database_file(settings.zodb_uri)
@@ -275,8 +277,11 @@ def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
         yield _error("database", str(error).removeprefix("database "), error.exit_status)
         return
     try:
-        yield _ok("database", path or "can be opened")
-        if path is not None:
+        if path is not None and is_served(database):
+            yield _ok("database", f"{path}, served by {holder(path)}")
+        else:
+            yield _ok("database", path or "can be opened")
+        if path is not None and not is_served(database):
             yield from _of_owner("database", Path(path))
             beside = (os.path.dirname(path), f"{path}.lock", blob_folder(settings.zodb_uri))
             for one in (path, *beside):

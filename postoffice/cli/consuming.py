@@ -52,7 +52,8 @@ def consume_command(invocation: Invocation, queue_name: str, handler: str, worke
     and retry_delay in the queue's section say when.  MODULE is sought in the working directory
     first.  Workers that die are started again.
     """
-    from postoffice.database import database_file
+    from postoffice.database_uri import database_file
+    from postoffice.storage_socket import is_there
     from postoffice.workers import Workers
 
     if not _HANDLER.fullmatch(handler):
@@ -61,10 +62,10 @@ def consume_command(invocation: Invocation, queue_name: str, handler: str, worke
         )
     settings = invocation.settings()
     path = database_file(settings.zodb_uri)
-    if workers > 1 and path is not None:
+    if workers > 1 and path is not None and not is_there(path):
         raise Failure(
-            f"--workers {workers}: database {path} is a FileStorage, which serves one process at "
-            "a time; start one worker, or share the database with ZEO or RelStorage",
+            f"--workers {workers}: database {path} is a file that one process at a time can open; "
+            "start one worker, or `postoffice serve`, which serves it to any number",
             EX_USAGE,
         )
     with invocation.logs(settings):

@@ -23,6 +23,7 @@ __all__ = ["postoffice"]
 _MODULES = {
     "import": "importing",
     "deliver": "delivering",
+    "serve": "serving",
     "lmtp": "receiving",
     "route": "routing",
     "check": "checking",

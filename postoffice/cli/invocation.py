@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -26,7 +26,10 @@ __all__ = ["Invocation", "pass_invocation", "shared_options"]
 # What these log of an outage is raised too, and told in one line.
 _LIBRARIES = ("ZEO", "ZODB", "relstorage", "txn")
 
-_LINE = "%(asctime)s %(levelname)s %(message)s"
+_TIME_AND_LEVEL = "%(asctime)s %(levelname)s "
+_LINE = _TIME_AND_LEVEL + "%(message)s"
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_DEBUG = 7
 
 
 class _Verbose(logging.Formatter):
@@ -43,6 +46,31 @@ class _Plain(_Verbose):
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
         return super().format(record)
+
+
+class _ForJournal(_Verbose):
+    """Writes for journald, which notes the time itself: each line with its priority in front."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line.removeprefix(_TIME_AND_LEVEL))
+
+    def format(self, record: logging.LogRecord) -> str:
+        # sd-daemon(3); the numbers are those of syslog.
+        level = next((n for least, n in _PRIORITIES if record.levelno >= least), _DEBUG)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).split("\n"))
+
+
+class _PlainForJournal(_ForJournal, _Plain):
+    """Leaves tracebacks out, for journald."""
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Say whether what is written goes to journald; see systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _is_for_everybody(record: logging.LogRecord) -> bool:
@@ -137,7 +165,10 @@ class Invocation:
             yield
             return
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Verbose(_LINE) if self.verbose else _Plain(_LINE))
+        if _is_journal(sys.stderr):
+            handler.setFormatter((_ForJournal if self.verbose else _PlainForJournal)(_LINE))
+        else:
+            handler.setFormatter((_Verbose if self.verbose else _Plain)(_LINE))
         if not self.verbose:
             handler.addFilter(_is_for_everybody)
         root, own = logging.getLogger(), logging.getLogger("postoffice")

@@ -25,9 +25,11 @@ from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
 from postoffice.config.listening import DEFAULT_MODE, TCPPlace, UnixPlace
 from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
+from postoffice.database_uri import database_file
 from postoffice.depot.policy import Policy
 from postoffice.loops import LoopRule
 from postoffice.routing import Routing
+from postoffice.storage_socket import name_beside
 
 __all__ = [
     "IN_MAILDIR",
@@ -54,13 +56,16 @@ MAIN_OPTIONS = (
     "lmtp",
     "lmtp_mode",
     "lmtp_group",
+    "zeo_listen",
+    "zeo_mode",
+    "zeo_group",
     "unrouted",
     "deliver_timeout",
 )
 _NUMBERS = frozenset(
     {
         *("max_message_size", "ooo_loop_frequency", "ooo_throttle_period", "archive_keep"),
-        *("lmtp_mode", "deliver_timeout"),
+        *("lmtp_mode", "zeo_mode", "deliver_timeout"),
     }
 )
 
@@ -98,6 +103,8 @@ class Settings:
     :ivar archive: where originals go: a folder, absolute; :data:`IN_MAILDIR`; or ``None``: nowhere.
     :ivar archive_keep: seconds for which originals are kept; ``None``: for ever.
     :ivar lmtp: where the LMTP listener is; ``None``: there is none.
+    :ivar zeo_listen: where ``postoffice serve`` lets others use the file of a ``file://`` database;
+        ``None``: it does not, or the database is no such file.
     :ivar rejects_unrouted: whether mail that comes by LMTP or by ``postoffice deliver``, and that
         no queue takes, is refused, so that the mail server tells its sender; else it is discarded.
     :ivar deliver_timeout: seconds after which ``postoffice deliver`` gives up, temporarily.
@@ -118,6 +125,7 @@ class Settings:
     archive: Path | Literal[ArchivePlace.IN_MAILDIR] | None
     archive_keep: int | None
     lmtp: UnixPlace | TCPPlace | None
+    zeo_listen: UnixPlace | None
     rejects_unrouted: bool
     deliver_timeout: float
     has_logging: bool
@@ -232,6 +240,7 @@ class _Reader:
         rules.warn_of_unreachable(routing)
         loop = self._loop()
         lmtp = self._lmtp()
+        zeo_listen = self._zeo_listen(zodb_uri)
         keep = self._converted("archive_keep", values.duration, None)
         if keep == 0:
             file.fail(
@@ -260,6 +269,7 @@ class _Reader:
             archive=archive,
             archive_keep=keep,
             lmtp=lmtp,
+            zeo_listen=zeo_listen,
             rejects_unrouted=self._converted("unrouted", values.rejects_unrouted, False),
             deliver_timeout=self._converted(
                 "deliver_timeout", values.deliver_timeout, DEFAULT_DELIVER_TIMEOUT
@@ -381,3 +391,33 @@ class _Reader:
                 "every user of this machine who can reach the socket may deliver mail by it",
             )
         return replace(place, mode=mode, group=self._converted("lmtp_group", listening.group, None))
+
+    def _zeo_listen(self, zodb_uri: str) -> UnixPlace | None:
+        file = self._file
+        path = database_file(zodb_uri)
+        if path is None:
+            for option in ("zeo_listen", "zeo_mode", "zeo_group"):
+                if file.parser.has_option(MAIN_SECTION, option):
+                    file.fail(
+                        MAIN_SECTION,
+                        option,
+                        "only the file of a file:// database is served",
+                        f"leave {option} out: others reach the database by zodb_uri already",
+                    )
+            return None
+
+        def convert(text: str) -> UnixPlace | None:
+            return None if text.lower() == "none" else listening.socket_place(text, file.here)
+
+        beside: UnixPlace | None = UnixPlace(Path(name_beside(path)))
+        place = self._converted("zeo_listen", convert, beside)
+        mode = self._converted("zeo_mode", listening.mode, DEFAULT_MODE)
+        group = self._converted("zeo_group", listening.group, None)
+        if mode & stat.S_IWOTH:
+            file.warn(
+                MAIN_SECTION,
+                "zeo_mode",
+                "every user of this machine who can reach the socket may read and change all "
+                "messages, and run code as the users of the processes that open the database",
+            )
+        return None if place is None else replace(place, mode=mode, group=group)

@@ -1,4 +1,4 @@
-"""Where the LMTP listener is: a unix socket, or a port of this machine."""
+"""Where processes listen: for LMTP on a unix socket or a port, for the database on a socket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from postoffice.config.values import Fault
 
-__all__ = ["DEFAULT_MODE", "TCPPlace", "UnixPlace", "group", "mode", "place"]
+__all__ = ["DEFAULT_MODE", "TCPPlace", "UnixPlace", "group", "mode", "place", "socket_place"]
 
 DEFAULT_MODE = 0o660
 
@@ -32,7 +32,7 @@ class UnixPlace:
     """A unix socket.
 
     :ivar path: of the socket, absolute; its folder exists, as far as the reader can see.
-    :ivar mode: its permission bits; who may write to it may deliver.
+    :ivar mode: its permission bits; who may write to it may connect.
     :ivar group: the number of its group; ``None``: the group of the process that listens.
     """
 
@@ -70,7 +70,7 @@ def place(text: str, here: str) -> UnixPlace | TCPPlace:
     :raises Fault: it is something else, or no socket can be there.
     """
     if text.startswith("unix:"):
-        return UnixPlace(_socket_path(text.removeprefix("unix:").strip(), here))
+        return socket_place(text, here)
     if text.startswith("/"):
         raise Fault(f"{text!r} is no address of a listener", "write unix: before the path")
     found = _PORT_AT_END.fullmatch(text)
@@ -93,6 +93,15 @@ def place(text: str, here: str) -> UnixPlace | TCPPlace:
             f"write 127.0.0.1:{port}, [::1]:{port} or unix:PATH",
         )
     return TCPPlace(str(address), port)
+
+
+def socket_place(text: str, here: str) -> UnixPlace:
+    """Return the unix socket that ``unix:PATH``, or a path, names.
+
+    :param here: the folder that a relative path is relative to.
+    :raises Fault: no socket can be there.
+    """
+    return UnixPlace(_socket_path(text.removeprefix("unix:").strip(), here))
 
 
 def _socket_path(value: str, here: str) -> Path:

@@ -15,7 +15,7 @@ from zope.interface import implementer
 if TYPE_CHECKING:
     from ZODB.blob import Blob
 
-__all__ = ["BlobDurability", "sync_folder"]
+__all__ = ["BlobDurability", "sync_file", "sync_folder"]
 
 
 # Folders that this process has seen written to the disk, in the folders above them, by their
@@ -93,7 +93,7 @@ class BlobDurability:
                 continue
             for name in os.listdir(folder):
                 if name.endswith(".blob"):
-                    _sync_file(os.path.join(folder, name))
+                    sync_file(os.path.join(folder, name))
             folders.add(folder)
             # A folder that is new has to be written in the one above, up to one that is known.
             while len(folder) > len(base):
@@ -134,7 +134,8 @@ def _blob_files(storage: Any) -> Any:
     return getattr(storage, "fshelper", None)
 
 
-def _sync_file(path: str) -> None:
+def sync_file(path: str) -> None:
+    """Have the contents of a file written to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

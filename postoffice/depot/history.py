@@ -102,7 +102,7 @@ class HistoryLog(Persistent):
         number = self.slot_at(seconds)
         chunks = self.slots.get(number)
         if chunks is None:
-            self._expire(seconds - keep)
+            self.expire(seconds - keep)
             chunks = self.slots[number] = LOBTree({_SENTINEL: None})
         first, last = lane + 1 << _LANE_BITS, (lane + 2 << _LANE_BITS) - 1
         try:
@@ -112,7 +112,7 @@ class HistoryLog(Persistent):
         chunk: Chunk | None = chunks[key] if key >= first else None
         if chunk is None or len(chunk.data) + self.width > CHUNK_BYTES:
             if self._is_full():
-                self._expire(seconds - keep)
+                self.expire(seconds - keep)
                 # Its own slot may be among those that went.
                 chunks = self.slots.setdefault(number, LOBTree({_SENTINEL: None}))
             key = key + 1 if key >= first else first
@@ -126,7 +126,8 @@ class HistoryLog(Persistent):
         chunk: Chunk | None = self.slots.get(number, {}).get(key)
         return b"" if chunk is None else chunk.data[offset : offset + self.width]
 
-    def _expire(self, before: int) -> None:
+    def expire(self, before: int) -> None:
+        """Drop the slots that ended before a time, in seconds since the epoch."""
         for number in self.numbers():
             ended = (number + 1) * self.slot_seconds <= before
             if not ended:

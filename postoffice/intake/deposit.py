@@ -69,6 +69,7 @@ class Deposit:
 
     :ivar failed: whether the last messages could not be stored.  A storage may have closed itself
         then for good: deposit and database are to be opened anew.
+    :ivar reason: why, in one line.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Deposit:
         self._clock = clock
         self._index: ReceiptIndex | None = None
         self.failed = False
+        self.reason = ""
 
     def close(self) -> None:
         """Close the connection."""
@@ -113,8 +115,7 @@ class Deposit:
             return self._store(consignments)
         except (TemporaryError, TransientError, POSError, OSError) as error:
             # Who sent them sends them again, and if they were stored after all, that is known.
-            log.error("nothing can be stored now: %s", one_line(error))
-            self.failed = True
+            self.failed, self.reason = True, one_line(error)
             return [[TRY_LATER] * len(one.parcel.recipients) for one in consignments]
         except Exception as error:
             # A queue that is gone, or a defect of ours which one of the messages has brought out.
@@ -129,10 +130,10 @@ class Deposit:
             log.error("%s cannot be stored now: %s", source, one_line(error))
         except (PostofficeError, TransientError, POSError, OSError) as error:
             log.error("%s cannot be stored now: %s", source, one_line(error))
-            self.failed = True
-        except Exception:
+            self.failed, self.reason = True, one_line(error)
+        except Exception as error:
             log.exception("%s could not be stored", source)
-            self.failed = True
+            self.failed, self.reason = True, f"{type(error).__name__}: {one_line(error)}"
         return [TRY_LATER] * len(consignment.parcel.recipients)
 
     def _store(self, consignments: Sequence[Consignment]) -> list[list[Reply]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Listener:
 
     def __init__(
         self,
-        address: UnixAddress | TCPAddress,
+        address: UnixAddress | TCPAddress | socket.socket,
         hostname: str,
         accept: Accept,
         deliver: Deliver,
@@ -96,6 +97,8 @@ class Listener:
     ) -> None:
         """Prepare to listen; nothing is opened yet.
 
+        :param address: where to listen; or a socket that listens there already, and that another
+            process has, too.
         :param hostname: the server's name for itself.
         :param accept: decides on each recipient at RCPT, without waiting; where it raises, the
             recipient is deferred.
@@ -147,7 +150,10 @@ class Listener:
         :raises OSError: the address cannot be had.
         """
         loop = asyncio.get_running_loop()
-        self._listening = listen(self.address)
+        if isinstance(self.address, socket.socket):
+            self._listening = Listening(self.address, None)
+        else:
+            self._listening = listen(self.address)
         sock = self._listening.socket
         if isinstance(self.address, UnixAddress):
             self._server = await loop.create_unix_server(self._session, sock=sock)

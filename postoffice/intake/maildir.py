@@ -53,7 +53,16 @@ from postoffice.intake.reading import ReaderProcess
 from postoffice.intake.report import report
 from postoffice.queue import BLOB_SIZE
 
-__all__ = ["BATCH", "Maildir", "MaildirBusy", "MaildirImport", "Outcome", "identity", "unique"]
+__all__ = [
+    "BATCH",
+    "Maildir",
+    "MaildirBusy",
+    "MaildirImport",
+    "Outcome",
+    "identity",
+    "make_maildir",
+    "unique",
+]
 
 log = logging.getLogger("postoffice")
 
@@ -95,6 +104,15 @@ class Outcome:
         return sum(self.counts.values()) + self.set_aside
 
 
+def make_maildir(path: Path) -> None:
+    """Make the folders of a Maildir that are missing; the one above it has to be there.
+
+    :raises OSError: they cannot be made.
+    """
+    for name in ("", "new", "cur", "tmp"):
+        (path / name).mkdir(mode=0o700, exist_ok=True)
+
+
 class Maildir:
     """A Maildir that is locked for this process.
 
@@ -108,8 +126,7 @@ class Maildir:
         :raises OSError: it cannot be made or opened.
         """
         self.path = path
-        for name in ("", "new", "cur", "tmp"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
+        make_maildir(path)
         self._lock = os.open(
             path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )

@@ -31,16 +31,20 @@ from postoffice.loops import LoopRule
 from postoffice.queue import BLOB_SIZE
 from postoffice.routing import Routing, is_for_nobody
 
-__all__ = ["LENGTH", "Frames", "Receiver", "consignment_of", "frame"]
+__all__ = ["ALIVE", "LENGTH", "Frames", "Receiver", "consignment_of", "frame"]
 
 log = logging.getLogger("postoffice")
 
 #: What stands in front of each value on the channel: its length in bytes.
 LENGTH = struct.Struct("!Q")
+#: Says, from time to time, that the receiver goes on.
+ALIVE = ("alive", "")
 _GRACE_SECONDS = 30.0
 # Bytes: a disk has an end, and no mail that anybody waits for is larger.
 _LARGEST = 1 << 30
 _PIECE = 1 << 18
+_SIGN_SECONDS = 5.0
+_FIRST = asyncio.FIRST_COMPLETED
 
 
 def frame(value: Any) -> bytes:
@@ -110,7 +114,7 @@ class Receiver:
 
     :ivar routing: the rules.
     :ivar loop: what is asked of senders who write too often.
-    :ivar address: where clients connect.
+    :ivar address: where clients connect; or a socket that listens there already.
     :ivar hostname: this machine's name, for the greeting.
     :ivar folder: where large messages are kept until they are stored.
     :ivar rejects_unrouted: whether a recipient for whom no queue can be is refused at once.
@@ -118,10 +122,15 @@ class Receiver:
 
     routing: Routing
     loop: LoopRule | None
-    address: UnixAddress | TCPAddress
+    address: UnixAddress | TCPAddress | socket.socket
     hostname: str
     folder: str
     rejects_unrouted: bool
+
+    @property
+    def descriptors(self) -> set[int]:
+        """What the process inherits, the channel left out."""
+        return {self.address.fileno()} if isinstance(self.address, socket.socket) else set()
 
     def run(self, channel: socket.socket) -> None:
         """Serve clients until the channel is closed, or SIGTERM comes."""
@@ -166,7 +175,8 @@ class _Session:
             return
         self._link.send([frame(("ready", ""))])
         waits = [loop.create_task(one.wait()) for one in (stopping, self._link.lost)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        while not (await asyncio.wait(waits, timeout=_SIGN_SECONDS, return_when=_FIRST))[0]:
+            self._link.send([frame(ALIVE)])
         if self._link.lost.is_set():
             self._give_up()
         await self._listener.stop(_GRACE_SECONDS)
@@ -261,8 +271,8 @@ class _Link(asyncio.BufferedProtocol):
         self._transport.close()
 
 
-def _reason(error: Exception, address: UnixAddress | TCPAddress) -> str:
-    if not isinstance(error, OSError) or not error.strerror:
+def _reason(error: Exception, address: UnixAddress | TCPAddress | socket.socket) -> str:
+    if not isinstance(error, OSError) or not error.strerror or isinstance(address, socket.socket):
         return one_line(error)
     place = address.path if isinstance(address, UnixAddress) else f"port {address.port}"
     return f"{place}: {error.strerror}"

@@ -26,10 +26,11 @@ from ZODB.POSException import POSError
 
 from postoffice.display import one_line
 from postoffice.exceptions import PostofficeError, TemporaryError
+from postoffice.health import UNOBSERVED, Health
 from postoffice.intake.consignment import Consignment
 from postoffice.intake.conversation import Reply
 from postoffice.intake.deposit import TRY_LATER, Deposit
-from postoffice.intake.receiving import Frames, Receiver, consignment_of, frame
+from postoffice.intake.receiving import ALIVE, Frames, Receiver, consignment_of, frame
 
 __all__ = ["CannotListen", "Service"]
 
@@ -60,13 +61,16 @@ class Service:
         open_deposit: Callable[[], Deposit],
         close_database: Callable[[], None],
         upkeep: Callable[[], object] = lambda: None,
+        health: Health = UNOBSERVED,
     ) -> None:
         """Prepare to serve.
 
         :param open_deposit: opens the depot; tried again when it fails.
         :param close_database: closes what that has opened.
         :param upkeep: is called between two commits, about once a second; it does not take long.
+        :param health: is told that both processes are at work, and whether messages can be stored.
         """
+        self._health = health
         self._receiver = receiver
         self._open_deposit = open_deposit
         self._close_database = close_database
@@ -92,7 +96,7 @@ class Service:
             while not self._stopping:
                 since = time.monotonic()
                 with self._start() as channel:
-                    self._serve(_Channel(channel), ready)
+                    self._serve(_Channel(channel, self._health), ready)
                 status = self._wait()
                 if self._stopping:
                     break
@@ -137,7 +141,7 @@ class Service:
             # An interrupt at the terminal reaches the parent too, which then tells us.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-            _close_all_but({theirs.fileno(), *_log_files()})
+            _close_all_but({theirs.fileno(), *self._receiver.descriptors, *_log_files()})
             self._receiver.run(theirs)
             status = 0
         except BaseException as error:
@@ -166,6 +170,8 @@ class Service:
                 # Whoever has started it learns now what every client would be told.
                 self._opened()
                 ready()
+                if not self._fails:
+                    self._health.well()
                 continue
             if came[0] == "refused":
                 # It ends by itself, and a signal now would come in the midst of that.
@@ -206,12 +212,20 @@ class Service:
             return [[TRY_LATER] * len(one.parcel.recipients) for one in consignments]
         replies = deposit.store(consignments)
         if deposit.failed:
-            self._fails = True
-            self._close()
+            self._fail(deposit.reason)
         elif self._fails:
             self._fails = False
             log.warning("messages are stored again")
+            self._health.well()
         return replies
+
+    def _fail(self, reason: str) -> None:
+        # Once is enough, however many messages come in an hour.
+        level = logging.DEBUG if self._fails else logging.ERROR
+        log.log(level, "nothing can be stored now: %s", reason)
+        self._fails = True
+        self._health.ill(reason)
+        self._close()
 
     def _close(self) -> None:
         """Let go of a database that failed: its storage may have closed itself for good."""
@@ -233,12 +247,10 @@ class Service:
                 if self._waits:
                     self._fails = self._waits = False
                     log.warning("the database can be used again")
+                    self._health.well()
             except (PostofficeError, POSError, TransientError, OSError) as error:
-                # Once for as long as it lasts.
-                level = logging.INFO if self._fails else logging.WARNING
-                log.log(level, "nothing can be stored now: %s", one_line(error))
-                self._fails = self._waits = True
-                self._close()
+                self._waits = True
+                self._fail(one_line(error))
                 self._opens_at = time.monotonic() + self._opening_delay
                 self._opening_delay = min(2 * self._opening_delay, _LONGEST_DELAY)
         return self._deposit
@@ -266,8 +278,9 @@ def _close_all_but(kept: set[int]) -> None:
 class _Channel:
     """This process's side of the channel."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, health: Health) -> None:
         self._socket = sock
+        self._health = health
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
         self._frames = Frames()
@@ -309,4 +322,7 @@ class _Channel:
         except ConnectionResetError:
             length = 0
         self._ended = not length
-        self._values.extend(self._frames.take(length))
+        values = self._frames.take(length)
+        if values:
+            self._health.alive()
+        self._values.extend(value for value in values if value != ALIVE)

@@ -63,10 +63,11 @@ class Listening:
     def __init__(self, opened: socket.socket, path: str | None) -> None:
         """Note which file is the socket's.
 
-        :param path: of the socket; ``None`` for a port.
+        :param path: of the socket; ``None`` for a port, and for a socket whose file another process
+            looks after.
         """
         self.socket = opened
-        self.port: int = 0 if path is not None else opened.getsockname()[1]
+        self.port: int = 0 if opened.family == socket.AF_UNIX else opened.getsockname()[1]
         self._path = path
         self._file = None if path is None else _identity(path)
 

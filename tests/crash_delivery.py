@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -373,7 +374,7 @@ def _run(arguments: Sequence[str]) -> int:
     return DEFECT
 
 
-def _child(request: dict[str, Any], go: int) -> NoReturn:
+def _child(request: dict[str, Any], ready: int, go: int) -> NoReturn:
     status = DEFECT
     try:
         for target, path, flags in (
@@ -385,7 +386,11 @@ def _child(request: dict[str, Any], go: int) -> NoReturn:
             os.close(descriptor)
         os.dup2(1, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # for as long as the process
-        os.read(go, 1)
+        # By a call that is never disturbed: strace comes within it, and sees it or not.
+        waiting = select.poll()
+        waiting.register(go, 0)
+        os.close(ready)
+        waiting.poll()
         os.close(go)
         status = _run(request["arguments"])
     except BaseException:
@@ -404,13 +409,19 @@ class _Children:
         self._starts: dict[int, int] = {}
 
     def start(self, request: dict[str, Any]) -> int:
-        """Fork a process that waits for ``go``."""
+        """Fork a process; return when it waits for ``go``."""
         go, start = os.pipe()
+        seen, ready = os.pipe()
         pid = os.fork()
         if not pid:
             os.close(start)
-            _child(request, go)
+            os.close(seen)
+            _child(request, ready, go)
         os.close(go)
+        os.close(ready)
+        # What strace counts begins where the process does what it is for.
+        os.read(seen, 1)
+        os.close(seen)
         self._starts[pid] = start
         return pid
 

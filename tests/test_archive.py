@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -233,6 +234,56 @@ def test_a_full_disk_leaves_no_pieces(
         assert os.listdir(spool / "new") == ["one"]
     finally:
         shutil.rmtree(far)
+
+
+def test_two_that_write_the_same(spool: Path) -> None:
+    """A file that another process is writing is waited for, and neither harms the other."""
+    archive = Archive(spool, None, keeps=True)
+    place = archive.place("one", DAY)
+    path = Path(archive.path(place))
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # The other process has written half when this one begins.
+        def pieces() -> Iterator[bytes]:
+            yield b"x" * 100_000
+            os.write(writing, b".")
+            time.sleep(0.2)
+            yield b"y" * 100_000
+
+        status = 1
+        try:
+            Archive(spool, None, keeps=True).keep(place, pieces())
+            status = 0
+        finally:
+            os._exit(status)
+    os.read(reading, 1)
+    archive.keep(place, [b"x" * 100_000, b"y" * 100_000])
+    assert path.read_bytes() == b"x" * 100_000 + b"y" * 100_000
+    assert os.waitpid(pid, 0)[1] == 0
+    assert os.listdir(path.parent) == ["one"]
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_a_killed_writer_has_left_goes(spool: Path) -> None:
+    """A piece that a process left which was killed is replaced when the message comes again."""
+    archive = Archive(spool, None, keeps=True)
+    place = archive.place("one", DAY)
+    pid = os.fork()
+    if pid == 0:
+
+        def pieces() -> Iterator[bytes]:
+            yield b"x" * 100_000
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        archive.keep(place, pieces())
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    path = Path(archive.path(place))
+    assert [name[-8:] for name in os.listdir(path.parent)] == [".partial"]
+    archive.keep(place, [b"short"])
+    assert os.listdir(path.parent) == ["one"]
+    assert path.read_bytes() == b"short"
 
 
 def test_days_expire_as_a_whole(spool: Path, tmp_path: Path) -> None:

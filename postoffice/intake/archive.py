@@ -7,6 +7,7 @@ A folder for each day, as a Maildir folder inside the spool or in a place of its
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ _REASON = ".reason"
 # What a file's name may have, in bytes, so that there is room for a suffix.
 _LONGEST_NAME = 240
 _PIECE = 1 << 20
+# How often, and after how many seconds each, a file is asked for that another process writes.
+_ATTEMPTS, _PAUSE = 100, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +203,17 @@ class Archive:
         folder, name = os.path.split(target)
         self._make(folder)
         partial = os.path.join(folder, f".{_short(name)}.partial")
-        try:
-            with open(partial, "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
+        with open(_open_alone(partial), "wb") as file:
+            try:
                 file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
-            _rename(partial, target)
-        except BaseException:
-            # On a full disk a piece that is of no use would be in the way of everything.
-            with suppress(OSError):
-                os.unlink(partial)
-            raise
+                _rename(partial, target)
+            except BaseException:
+                # On a full disk a piece that is of no use would be in the way of everything.
+                with suppress(OSError):
+                    os.unlink(partial)
+                raise
         self._touched.add(folder)
 
     def was_set_aside(self, source: str) -> bool:
@@ -306,6 +309,32 @@ def local_day(seconds: float) -> date:
 
 def _short(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+
+
+def _open_alone(path: str) -> int:
+    """Open an empty file for writing that no other process writes as long as this one has it open.
+
+    What a process that was killed has left of it is emptied.
+
+    :raises BlockingIOError: another process has it for longer than one can wait.
+    :raises OSError: it cannot be opened.
+    """
+    for _ in range(_ATTEMPTS):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have given the file its final name meanwhile, or removed it.
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(_PAUSE)
+    raise BlockingIOError(errno.EAGAIN, "another process is writing it", path)
 
 
 def _free(source: str, target: str) -> str | None:

@@ -114,6 +114,44 @@ def test_trace_lines_tell_the_envelope(sender: str) -> None:
         assert (found.sender, found.recipients) == (sender, (recipient,))
 
 
+POSTFIX = "Return-Path: <{}>\nX-Original-To: alias@example.com\nDelivered-To: {}\n"
+
+
+def written(one: Parcel, folder: Path) -> bytes:
+    """Return what is kept of a parcel, which is the same from memory and from a file."""
+    raw = b"".join(one.pieces(0))
+    with filed(folder, one) as there:
+        assert b"".join(there.pieces(0)) == raw
+    return raw
+
+
+@pytest.mark.parametrize("sender", [ANN, ""])
+def test_trace_lines_are_there_once(tmp_path: Path, sender: str) -> None:
+    """What pipe(8) has written in front of a message is not written again."""
+    raw = POSTFIX.format(sender, BILLING).encode() + mail("one")
+    assert written(parcel(raw, sender=sender), tmp_path) == raw
+    without = raw.replace(b"Delivered-To: " + BILLING.encode() + b"\n", b"")
+    line = f"Delivered-To: {BILLING}\n".encode()
+    assert written(parcel(without, sender=sender), tmp_path) == line + without
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        POSTFIX.format("other@example.org", SALES),
+        f"Return-Path: <{ANN}>\n folded\nDelivered-To: {BILLING}\n\tfolded\n",
+        f"Delivered-To: {SALES}\nReturn-Path: <o@x.example>\n" + POSTFIX.format(ANN, BILLING),
+        f"Received: x\nReturn-Path: <{ANN}>\nDelivered-To: {BILLING}\n",
+    ],
+    ids=["others", "folded", "not topmost", "not in front"],
+)
+def test_trace_lines_of_others_are_not_believed(tmp_path: Path, start: str) -> None:
+    """Trace fields that say something else, or stand elsewhere, have ours in front of them."""
+    raw = start.encode() + mail("one")
+    ours = f"Return-Path: <{ANN}>\nDelivered-To: {BILLING}\n".encode()
+    assert written(parcel(raw), tmp_path) == ours + raw
+
+
 def test_a_file_is_read_like_memory(routing: Routing, tmp_path: Path) -> None:
     """A message in a file has the decision, the digests and the pieces of one in memory."""
     here = parcel(large("one"), BILLING, SALES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from postoffice.routing import Routing
 __all__ = ["Consignment", "Parcel", "consign", "parcel_of"]
 
 _PIECE = 1 << 20
+# What an MTA writes in front of a message, one field; one that goes on in a second line is not its.
+_TRACE = re.compile(rb"(Return-Path|Delivered-To|X-Original-To):([^\n]*)\n(?![ \t])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +51,36 @@ class Parcel:
 
     def pieces(self, number: int) -> Iterator[bytes]:
         """Iterate over the bytes for one of the recipients, with its trace lines in front."""
-        yield self.trace(number)
         if self.raw is not None:
+            yield self.trace(number, self.raw)
             yield self.raw
             return
         with open(self.path, "rb") as file:
-            while piece := file.read(_PIECE):
+            piece = file.read(_PIECE)
+            yield self.trace(number, piece)
+            while piece:
                 yield piece
+                piece = file.read(_PIECE)
 
-    def trace(self, number: int) -> bytes:
+    def trace(self, number: int, start: bytes) -> bytes:
         """Return the lines that an MTA writes in front of a message, for one of the recipients.
 
-        With them in front it says in a Maildir what its envelope was (RFC 5321, 4.4).
+        With them in front it says in a Maildir what its envelope was (RFC 5321, 4.4).  Those that
+        pipe(8) has written there already are left out.
+
+        :param start: of the message.
         """
-        lines = f"Return-Path: <{self.sender}>\nDelivered-To: {self.recipients[number]}\n"
-        return lines.encode("utf-8", "surrogateescape")
+        wanted = (
+            ("Return-Path", f"<{self.sender}>"),
+            ("Delivered-To", self.recipients[number]),
+        )
+        there = _trace_fields(start)
+        lines = b""
+        for name, text in wanted:
+            value = text.encode("utf-8", "surrogateescape")
+            if there.get(name.lower().encode()) != value:
+                lines += b"%s: %s\n" % (name.encode(), value)
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +153,16 @@ def consign(routing: Routing, loop: LoopRule | None, parcel: Parcel) -> Consignm
         place = f"{os.path.basename(where.filename)}:{where.lineno}"
         reason = f"{type(error).__name__} in {place}: {one_line(error)}"
     return Consignment(parcel, (), receipts, reason)
+
+
+def _trace_fields(start: bytes) -> dict[bytes, bytes]:
+    """Return the topmost trace fields of each name that a message begins with."""
+    found: dict[bytes, bytes] = {}
+    at = 0
+    while field := _TRACE.match(start, at):
+        found.setdefault(field[1].lower(), field[2].strip())
+        at = field.end()
+    return found
 
 
 def _name(receipt: bytes, way: str) -> str:

@@ -122,7 +122,7 @@ def test_lhlo_announces_the_extensions() -> None:
     assert talk.said == b"220 mail.example.com LMTP\r\n"
     assert talk(b"lhlo client.example\r\n") == (
         b"250-mail.example.com\r\n250-PIPELINING\r\n250-SIZE 1234\r\n250-8BITMIME\r\n"
-        b"250-ENHANCEDSTATUSCODES\r\n250 SMTPUTF8\r\n"
+        b"250-ENHANCEDSTATUSCODES\r\n250-XWAY\r\n250 SMTPUTF8\r\n"
     )
     assert b"250-SIZE 0\r\n" in Talk()(b"LHLO x\r\n")
 
@@ -243,6 +243,9 @@ def test_what_comes_meanwhile_waits() -> None:
         (b"MAIL FROM:<a@b> SIZE=1 SIZE=1", "501 5.5.4"),
         (b"MAIL FROM:<a@b> BODY=BINARYMIME", "501 5.5.4"),
         (b"MAIL FROM:<a@b> SMTPUTF8=yes", "501 5.5.4"),
+        (b"MAIL FROM:<a@b> XWAY=pipe", "250 2.1.0"),
+        (b"MAIL FROM:<a@b> XWAY=maildir", "501 5.5.4"),
+        (b"MAIL FROM:<a@b> XWAY", "501 5.5.4"),
         (b"MAIL FROM:<a@b> RET=HDRS", "555 5.5.4"),
         (b"MAIL FROM:<a@b> SIZE=1001", "552 5.3.4"),
         (b"MAIL FROM:<a@b>  size=1000 body=7bit ", "250 2.1.0"),

@@ -289,6 +289,31 @@ def test_signal_ends_the_second_way(wiring: Wiring) -> None:
         os.kill(int(pid.read_text()), 0)
 
 
+@pytest.mark.parametrize("child", ["echo 2.6.0 stored; exit 0", "echo 4.3.2 stopped; exit 75"])
+def test_signal_to_a_child_that_has_a_verdict(wiring: Wiring, child: str) -> None:
+    """What a child says to a signal is all that is said, and its verdict counts."""
+    pid = wiring.folder / "pid"
+    wiring.use(
+        f"#!/bin/sh\ntrap '{child}' TERM\necho $$ > {pid}.new && mv {pid}.new {pid}\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    process = wiring.start()
+    wait_until(pid.exists)
+    process.terminate()
+    said, _ = process.communicate(timeout=30)
+    word, _, status = child.rpartition("; exit ")
+    assert (process.returncode, said) == (int(status), word[5:].encode() + b"\n")
+
+
+@pytest.mark.parametrize("limit", ["0", "soon", "-5", "99999999999"])
+def test_wrong_time_limit(wiring: Wiring, limit: str) -> None:
+    """A launcher whose TIMEOUT is none defers the message, and says what is wrong."""
+    wiring.write(TIMEOUT=limit)
+    with ScriptedListener(wiring.socket):
+        status, said = wiring.run()
+    assert (status, said) == (75, b"4.3.5 TIMEOUT is not a number of seconds from 1 to 86400\n")
+
+
 # -- a broken installation -------------------------------------------------------------------------
 
 
@@ -352,14 +377,16 @@ def test_wrong_arguments(wiring: Wiring, site: Site, words: list[str], listening
 
 
 def test_no_standard_input(wiring: Wiring, site: Site) -> None:
-    """A launcher without standard input defers."""
-    assert site.ini.exists()
-    done = subprocess.run(
-        ["/bin/sh", "-c", 'exec "$@" <&-', "sh", wiring.launcher, *TO],
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 75
+    """Without standard input the launcher defers, and so does the command; each says so."""
+    said = b"there is no standard input to read a message from\n"
+    command = [sys.executable, "-m", "postoffice.cli", "-C", str(site.ini), "deliver"]
+    for words, status in (([str(wiring.launcher)], b"4.3.0 "), (command, b"4.3.5 ")):
+        done = subprocess.run(
+            ["/bin/sh", "-c", 'exec "$@" <&-', "sh", *words, *TO],
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (75, status + said, b"")
 
 
 # -- the second way, to its end --------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -215,19 +216,6 @@ def test_no_message(place: Path) -> None:
     assert not listener.session.complete
 
 
-def test_no_standard_input(place: Path) -> None:
-    """Without a standard input at all the message is deferred."""
-    with ScriptedListener(place) as listener:
-        done = subprocess.run(
-            ["/bin/sh", "-c", 'exec "$@" <&-', "sh", *command(place)],
-            capture_output=True,
-            check=False,
-        )
-    assert done.returncode == 75
-    assert done.stdout.startswith(b"4.")
-    assert not listener.session.complete
-
-
 def test_large_message_in_little_memory(place: Path, tmp_path: Path) -> None:
     """A message of 20 MB is streamed: the client stays as small as it is for any other."""
     raw = b"Subject: large\n\n" + (b"." + b"x" * 75 + b"\n") * 260_000
@@ -424,7 +412,23 @@ def test_socket_that_cannot_be_used(tmp_path: Path) -> None:
     """A socket of which nobody knows whether somebody listens defers the message."""
     status, said, _ = unread(command(tmp_path / ("x" * 200)), tmp_path / "mail")
     assert status == 75
-    assert said == b"4.3.0 the message was not handed over: OSError\n"
+    assert said == b"4.4.1 the listener cannot be reached: AF_UNIX path too long\n"
+
+
+def test_socket_that_this_user_may_not_use(tmp_path: Path) -> None:
+    """A socket that is another user's defers the message, and the cause is in words."""
+    if os.geteuid():
+        pytest.skip("only root can be another user")
+    other = "import sys, os; sys.path.append(sys.argv.pop(1)); import handover; "
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        place = Path(folder, "lmtp")
+        words = command(place)
+        words[words.index(START)] = f"{other} os.setuid(65534); handover.main()"
+        with ScriptedListener(place):
+            place.chmod(0o600)
+            status, said, _ = unread(words, tmp_path / "mail")
+    assert (status, said) == (75, b"4.4.1 the listener cannot be reached: Permission denied\n")
 
 
 @pytest.mark.parametrize(
@@ -434,19 +438,47 @@ def test_socket_that_cannot_be_used(tmp_path: Path) -> None:
         ["s"],
         ["s", "9", "-f", "a"],
         ["s", "9", "-f", "a", "--"],
-        ["s", "x", "-f", "a", "--", "b"],
     ],
 )
 def test_wrong_command(words: list[str]) -> None:
-    """A command line that is wrong defers the message."""
+    """A command line that is wrong defers the message; what the launcher adds is not told of."""
+    assert ended(words) == (75, b"4.3.5 the arguments are not: -f SENDER -- RECIPIENT...\n", b"")
+
+
+@pytest.mark.parametrize("seconds", ["", "x", "0", "-1", "1.5", "86401", "9" * 5000, "\u0661"])
+def test_wrong_time_limit(seconds: str) -> None:
+    """A time limit that is none defers the message, and says which value of the launcher it is."""
+    words = ["s", seconds, "-f", "a@x.example", "--", "b@x.example"]
+    said = b"4.3.5 TIMEOUT is not a number of seconds from 1 to 86400\n"
+    assert ended(words) == (75, said, b"")
+
+
+def test_no_standard_input(place: Path) -> None:
+    """Without a standard input nobody is asked, and the connection is not read for the message."""
+    with ScriptedListener(place) as listener:
+        words = ["/bin/sh", "-c", 'exec "$@" <&-', "sh", *command(place)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+    said = b"4.3.5 there is no standard input to read a message from\n"
+    assert (done.returncode, done.stdout) == (75, said)
+    assert listener.sessions == []
+
+
+def test_says_the_way_in(place: Path) -> None:
+    """A listener that wants to know is told that the message came by a pipe."""
+    features = "250-here\r\n250-8BITMIME\r\n250 XWAY"
+    with ScriptedListener(place, {"LHLO": features}) as listener:
+        assert run(place)[0] == 0
+    assert listener.session.commands[1] == "MAIL FROM:<a@x.example> BODY=8BITMIME XWAY=pipe"
+
+
+def ended(words: Sequence[str]) -> tuple[int, bytes, bytes]:
+    """Run the client with these arguments; return its status and what it printed."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", START, str(FOLDER), *words],
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 75
-    assert done.stdout.startswith(b"4.3.5 ")
-    assert done.stderr == b""
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_output_that_nobody_reads(place: Path) -> None:

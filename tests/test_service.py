@@ -20,6 +20,7 @@ import pytest
 from ZODB.FileStorage import FileIterator
 
 from postoffice.api import PostOffice
+from postoffice.intake import handover
 from postoffice.queue import BLOB_SIZE
 from tests.deposits import ANN, BILLING, QUEUES, SALES
 from tests.lmtp_client import Client
@@ -102,6 +103,20 @@ def test_a_port(tmp_path: Path) -> None:
         assert running.deliver(mail("one"), BILLING) == [STORED]
         assert running.stop() == 0
         assert running.raws() == [mail("one")]
+
+
+def test_the_way_in_of_what_is_handed_over(service: Running) -> None:
+    """What ``deliver`` hands over came by a pipe; what a client of its own sends, by LMTP."""
+    assert service.deliver(mail("one"), BILLING) == [STORED]
+    client = handover.__file__
+    words = [sys.executable, "-I", "-S", client, str(service.address), "20", "-f", ANN]
+    subprocess.run([*words, "--", BILLING], input=mail("two"), check=True, capture_output=True)
+    assert service.stop() == 0
+    with PostOffice(service.spool.ini) as office, office.queue("billing") as queue:
+        assert [(one.subject, one.way) for one in queue.entries()] == [
+            ("one", "lmtp"),
+            ("two", "pipe"),
+        ]
 
 
 def test_again(service: Running) -> None:

@@ -45,6 +45,7 @@ def deliver_command(invocation: Invocation, sender: str, recipients: tuple[str, 
     """
     with _limits():
         try:
+            handover.refuse_closed_input()
             replies = _deliver(invocation, sender, recipients)
             status, line = handover.verdict(replies)
         except handover.Broken as error:

@@ -28,6 +28,7 @@ class Arrival:
     :ivar file: the message likewise, read from its beginning; ``None`` when it is in `raw`.  A
         real file, open for reading and writing, which is closed after delivery.
     :ivar size: its bytes.
+    :ivar way: the way in: ``lmtp`` or ``pipe``.
     """
 
     sender: str
@@ -36,6 +37,7 @@ class Arrival:
     raw: bytes | None
     file: BinaryIO | None
     size: int
+    way: str = "lmtp"
 
 
 class Memory:
@@ -108,7 +110,10 @@ class Incoming:
             raw = bytes(self._held)
         else:
             self._file.seek(0)
-        return Arrival(begin.sender, begin.recipients, begin.smtputf8, raw, self._file, self.size)
+        return Arrival(
+            *(begin.sender, begin.recipients, begin.smtputf8, raw, self._file),
+            *(self.size, begin.way),
+        )
 
     def discard(self) -> None:
         """Free what it holds; the second time does nothing."""

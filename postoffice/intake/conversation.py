@@ -115,12 +115,14 @@ class Begin:
     :ivar recipients: the forward-paths that were accepted, each once.
     :ivar smtputf8: whether the client asked for SMTPUTF8 (RFC 6531).
     :ivar declared_size: octets, as the client said; ``None`` if it did not.
+    :ivar way: the way in: ``lmtp``, or ``pipe`` where ``deliver`` hands it over.
     """
 
     sender: str
     recipients: tuple[str, ...]
     smtputf8: bool
     declared_size: int | None
+    way: str = "lmtp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,7 @@ class _Mail:
     """One mail transaction (RFC 5321, 3.3).
 
     :ivar recipients: the place of each among the recipients.
+    :ivar way: as in :class:`Begin`.
     :ivar places: those of all that were accepted, in the order of their RCPTs.
     :ivar octets: of all recipients.
     :ivar disappointed: a refusal of ours is why a pipelined command has nothing to go on.
@@ -194,6 +197,7 @@ class _Mail:
 
     sender: str | None = None
     smtputf8: bool = False
+    way: str = "lmtp"
     declared_size: int | None = None
     recipients: dict[str, int] = field(default_factory=dict)
     places: list[int] = field(default_factory=list)
@@ -477,6 +481,8 @@ class Conversation:
             f"SIZE {self._limits.max_size or 0}",
             "8BITMIME",
             "ENHANCEDSTATUSCODES",
+            # Ours alone (RFC 5321, 2.2.2): by it `deliver` says that a message came by a pipe.
+            "XWAY",
         ]
         text = "".join(f"250-{line}\r\n" for line in lines) + "250 SMTPUTF8\r\n"
         self._output.append(text.encode("ascii"))
@@ -533,6 +539,10 @@ class Conversation:
                 if value is not None:
                     return _ARGUMENT
                 self._mail.smtputf8 = True
+            elif keyword == "XWAY":
+                if value is None or value.lower() != "pipe":
+                    return _ARGUMENT
+                self._mail.way = "pipe"
             else:
                 return Reply(555, "5.5.4", "parameter not recognised")
         most = self._limits.max_size
@@ -612,6 +622,7 @@ class Conversation:
                     tuple(self._mail.recipients),
                     self._mail.smtputf8,
                     self._mail.declared_size,
+                    self._mail.way,
                 )
             )
             self._output.append(_GO_AHEAD)

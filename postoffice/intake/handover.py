@@ -36,6 +36,7 @@ __all__ = [
     "mailbox",
     "main",
     "read_message",
+    "refuse_closed_input",
     "refuse_cut_off",
     "replies_to",
     "utf8",
@@ -55,6 +56,8 @@ _LONGEST_TEXT = 400
 # Commands that are on their way at once: replies to them never fill a socket's buffer, so that
 # neither side waits for the other to read (RFC 2920, 3.1).
 _GROUP = 100
+# Seconds in a day: alarm(2) takes more, and no server waits as long.
+_LONGEST_LIMIT = 86400
 _SPECIAL = frozenset(' "(),:;<>@[\\]')
 
 BARE_CR: "Reply" = (554, "5.6.0", "CR stands alone in the message (RFC 5321, 2.3.8)")
@@ -242,6 +245,8 @@ def _transact(
         if "SMTPUTF8" not in features:
             raise Broken("4.3.5 the listener does not offer SMTPUTF8")
         mail += " SMTPUTF8"
+    if "XWAY" in features:
+        mail += " XWAY=pipe"
     commands = [mail, *(f"RCPT TO:<{recipient}>" for recipient in recipients), "DATA"]
     size = _GROUP if "PIPELINING" in features else 1
     replies: list[Reply] = []
@@ -339,6 +344,8 @@ def hand_over(
                 connection.connect(socket)
             except (FileNotFoundError, ConnectionRefusedError):
                 raise NobodyListens from None
+            except OSError as error:
+                raise Broken(f"4.4.1 the listener cannot be reached: {_cause(error)}") from error
             return _transact(_Session(connection), path, mailboxes, read)
         finally:
             connection.close()
@@ -391,16 +398,23 @@ def finish(status: int, line: str) -> "NoReturn":
 
 
 def main() -> "NoReturn":
-    """Hand the message on standard input over: ``SOCKET SECONDS -f SENDER -- RECIPIENT...``."""
+    """Hand the message on standard input over: ``SOCKET SECONDS -f SENDER -- RECIPIENT...``.
+
+    The launcher adds the first two, so that nobody is told of them who has called that.
+    """
     try:
         socket, seconds, option, sender, mark, *recipients = sys.argv[1:]
         if option != "-f" or mark != "--" or not recipients:
             raise ValueError
-        _signal.signal(_signal.SIGALRM, _too_late)
-        _signal.alarm(int(seconds))
     except ValueError:
-        finish(EX_TEMPFAIL, "4.3.5 the command is not: SOCKET SECONDS -f SENDER -- RECIPIENT...")
+        finish(EX_TEMPFAIL, "4.3.5 the arguments are not: -f SENDER -- RECIPIENT...")
+    if not (seconds.isascii() and seconds.isdecimal() and 1 <= int(seconds[:9]) <= _LONGEST_LIMIT):
+        finish(EX_TEMPFAIL, f"4.3.5 TIMEOUT is not a number of seconds from 1 to {_LONGEST_LIMIT}")
+    _signal.signal(_signal.SIGALRM, _too_late)
+    _signal.alarm(int(seconds))
     try:
+        # Else the connection would be standard input, and be read for the message.
+        refuse_closed_input()
         replies = hand_over(socket, utf8(sender), [*map(utf8, recipients)], read_message)
     except NobodyListens:
         os._exit(NOBODY_LISTENS)
@@ -408,8 +422,29 @@ def main() -> "NoReturn":
         finish(EX_TEMPFAIL, explained("4", *str(error).split(" ", 1)))
     # Whatever it is, the sender's server has the message and can try again.
     except BaseException as error:
-        finish(EX_TEMPFAIL, f"4.3.0 the message was not handed over: {type(error).__name__}")
+        finish(EX_TEMPFAIL, explained("4", "4.3.0", f"it was not handed over: {_cause(error)}"))
     finish(*verdict(replies))
+
+
+def _cause(error: BaseException) -> str:
+    """Return what went wrong, in words and without a path."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError):
+        # What Python itself finds wrong with an address has no number and no path.
+        return error.strerror or str(error)
+    return "the program failed"
+
+
+def refuse_closed_input() -> None:
+    """Fail if there is no standard input; to be asked before anything is opened in its place.
+
+    :raises Broken: so it is.
+    """
+    try:
+        os.fstat(0)
+    except OSError:
+        raise Broken("4.3.5 there is no standard input to read a message from") from None
 
 
 def read_message(size: int) -> bytes:

@@ -202,7 +202,7 @@ class _Session:
         now = time.time_ns()
         self._number += 1
         number = self._number
-        parcel = parcel_of(arrival, now, number, "lmtp")
+        parcel = parcel_of(arrival, now, number, arrival.way)
         consignment = consign(self._receiver.routing, self._receiver.loop, parcel)
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Sequence[Reply]] = loop.create_future()

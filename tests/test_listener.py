@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from postoffice.intake.listener import (
     TCPAddress,
     UnixAddress,
 )
+from postoffice.intake.sockets import listen
 from tests.lmtp_client import Client
 
 STORED = Reply(250, "2.6.0", "stored")
@@ -644,6 +646,28 @@ def test_the_sockets_mode_and_group(start: Start, path: str) -> None:
     status = os.stat(path)
     assert stat.S_IMODE(status.st_mode) == 0o620
     assert status.st_gid == group
+
+
+def test_a_group_that_may_not_be_given() -> None:
+    """A group that this user is not in is named, and no socket is left."""
+    if os.geteuid():
+        pytest.skip("only root can be another user for a while")
+    # Without a name in the system, and with one.
+    for group, name in ((424242, "424242"), (0, "root")):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chown(folder, 65534, -1)
+            groups = os.getgroups()
+            os.setgroups([])
+            os.setegid(65534)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(PermanentError, match=f"given to the group {name}: "):
+                    listen(UnixAddress(f"{folder}/lmtp", 0o660, group))
+            finally:
+                os.seteuid(0)
+                os.setegid(0)
+                os.setgroups(groups)
+            assert os.listdir(folder) == []
 
 
 def test_a_stale_socket_is_replaced(start: Start, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import grp
 import ipaddress
 import os
 import socket
@@ -128,7 +129,7 @@ def _open_unix(address: UnixAddress) -> socket.socket:
             os.fchmod(sock.fileno(), 0o600)
             sock.bind(fresh)
             if address.group is not None:
-                os.chown(fresh, -1, address.group)
+                _give(fresh, address.group)
             os.chmod(fresh, address.mode)
             sock.listen(_BACKLOG)
             os.rename(fresh, path)
@@ -140,6 +141,23 @@ def _open_unix(address: UnixAddress) -> socket.socket:
         return sock
     finally:
         os.close(folder)
+
+
+def _give(path: str, group: int) -> None:
+    """Give a file to a group.
+
+    :raises postoffice.exceptions.PermanentError: this user may not.
+    """
+    try:
+        os.chown(path, -1, group)
+    except PermissionError as error:
+        try:
+            name = grp.getgrgid(group).gr_name
+        except KeyError:
+            name = str(group)
+        raise PermanentError(
+            f"the socket cannot be given to the group {name}: this user is not in it"
+        ) from error
 
 
 def _refuse_taken(path: str) -> None:

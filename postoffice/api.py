@@ -140,7 +140,7 @@ class PostOffice:
         try:
             return find_folder(connection.root(), self.settings.zodb_path)
         except FolderMissing as error:
-            raise FolderMissing(f"{error}; `postoffice import` makes it") from None
+            raise FolderMissing(f"{error}; the first intake of mail makes it") from None
 
     def reconcile_queues(self) -> list[str]:
         """Make the queues of the configuration that the depot does not have; return their names.
@@ -528,7 +528,7 @@ class QueueStatus:
     :ivar quarantined: how many are in quarantine.
     :ivar oldest: arrival of the message at its head, in nanoseconds since the epoch, or ``None``.
     :ivar configured: whether the configuration has it.
-    :ivar made: whether the depot has it; the next import makes what it has not.
+    :ivar made: whether the depot has it; the next intake of mail makes what it has not.
     """
 
     name: str

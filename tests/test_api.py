@@ -100,10 +100,10 @@ def test_queues_are_made_once_by_two_at_once(spool: Spool) -> None:
 
 
 def test_a_depot_that_was_never_made_is_named(spool: Spool) -> None:
-    """Looking for a depot that no import has made yet says how one is made."""
+    """Looking for a depot that nobody has made yet says how one is made."""
     with (
         PostOffice(spool.ini) as office,
-        pytest.raises(FolderMissing, match="postoffice import"),
+        pytest.raises(FolderMissing, match="first intake of mail makes it"),
         office.connection() as connection,
     ):
         office.folder(connection)

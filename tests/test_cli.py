@@ -265,7 +265,7 @@ def test_check_makes_nothing(site: Site) -> None:
     (site.maildir / "tmp").rmdir()
     before = snapshot(site.folder)
     first = site.done("check")
-    assert "it will be made by the first import" in first
+    assert "the first intake of mail makes it" in first
     assert snapshot(site.folder) == before
     site.deliver(mail("one"))
     site.done()
@@ -293,7 +293,7 @@ def test_check_warns(site: Site) -> None:
     output = site.done("check")
     assert "a queue without filters gets no messages" in output
     assert "warning  queue billing: is in the depot and not in the configuration" in output
-    assert "ok       queue empty: will be made by the next import" in output
+    assert "ok       queue empty: will be made by the next intake of mail" in output
     assert output.endswith("0 errors, 2 warnings\n")
 
 
@@ -330,8 +330,10 @@ def test_check_of_folders_in_the_way(site: Site) -> None:
         (site.maildir / name).rmdir()
     site.maildir.rmdir()
     output = site.done("check")
-    assert f"ok       maildir: {site.maildir} will be made by the first import" in output
-    assert f"ok       archive: {site.folder}/kept will be made by the first import" in output
+    assert f"ok       maildir: {site.maildir} is not there yet; made when it is needed" in output
+    assert (
+        f"ok       archive: {site.folder}/kept is not there yet; made when it is needed" in output
+    )
 
 
 def test_check_of_what_is_no_folder(site: Site) -> None:
@@ -357,7 +359,7 @@ def test_check_of_what_is_no_depot(site: Site) -> None:
     assert result.exit_code == 69
     assert "error    depot: /postoffice of the database holds " in result.stdout
     site.configure("zodb_path = /folder/depot")
-    assert "/folder/depot will be made by the first import" in site.done("check")
+    assert "/folder/depot will be made by the first intake of mail" in site.done("check")
 
 
 # -- check of a listener ---------------------------------------------------------------------------
@@ -607,7 +609,7 @@ def test_zeo_conf_shares_the_database(site: Site) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert "will be made by the first import" in site.done("check")
+        assert "the first intake of mail makes it" in site.done("check")
         site.deliver(mail("one"))
         site.done()
         with open_queue(f"zeo://{socket}?{query}", "billing") as queue:
@@ -658,7 +660,7 @@ def test_depot_that_was_not_made_yet(site: Site, arguments: list[str]) -> None:
     result = site.run(*arguments)
     assert (result.exit_code, result.stdout) == (69, "")
     assert result.stderr.count("\n") == 1
-    assert "`postoffice import` makes it" in result.stderr
+    assert "the first intake of mail makes it" in result.stderr
     assert snapshot(site.folder) == before
 
 
@@ -672,7 +674,7 @@ def test_queues_remove(site: Site) -> None:
     site.quarantine(1)
     assert "0 waiting and 1 quarantined" in site.run("queues", "remove", "billing").stderr
     site.done("discard", "billing", "--yes", *site.ids("billing", "--quarantined"))
-    assert "so the next import makes it again" in site.done("queues", "remove", "billing")
+    assert "so the next intake of mail makes it again" in site.done("queues", "remove", "billing")
     missing = site.run("queues", "remove", "nix")
     assert missing.exit_code == 69
     assert missing.stderr == "postoffice: no queue 'nix'; there are: 'rest'\n"
@@ -732,6 +734,7 @@ def test_messages_tell_their_envelopes(site: Site) -> None:
         # The envelope is unknown: what the header says.
         *("in@billing.example.com", "in+3@x.example"),
     ]
+    assert [line[2] for line in lines[1:]] == ["<>", *["Ann <ann@paper.example>"] * 3]
     senders = ("<> (the null sender: a notice", "bo@steel.example", "unknown", "di@glass.example")
     for one, sender in zip(listed, senders, strict=True):
         told = site.json("show", "billing", one["id"])

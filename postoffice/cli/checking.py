@@ -120,7 +120,7 @@ def _of_settings(settings: Settings) -> Iterator[_Finding]:
 def _of_maildir(maildir: Path) -> Iterator[_Finding]:
     if not maildir.exists():
         if os.access(maildir.parent, os.W_OK | os.X_OK, effective_ids=True):
-            yield _ok("maildir", f"{maildir} will be made by the first import")
+            yield _ok("maildir", f"{maildir} is not there yet; made when it is needed")
         else:
             yield _error("maildir", f"{maildir} is not there, and {maildir.parent} not writable")
         return
@@ -157,7 +157,7 @@ def _of_archive(post_office: PostOffice) -> Iterator[_Finding]:
         yield _ok("archive", f"a folder a day in {settings.maildir}")
     elif not place.exists():
         if os.access(place.parent, os.W_OK | os.X_OK, effective_ids=True):
-            yield _ok("archive", f"{place} will be made by the first import")
+            yield _ok("archive", f"{place} is not there yet; made when it is needed")
         else:
             yield _error("archive", f"{place} is not there, and {place.parent} not writable")
     elif not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
@@ -267,7 +267,7 @@ def _of_database(post_office: PostOffice) -> Iterator[_Finding]:
     except DatabaseMissing as error:
         folder = None if path is None else os.path.dirname(path)
         if folder is None or os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-            yield _ok("database", f"{error}; it will be made by the first import")
+            yield _ok("database", f"{error}; the first intake of mail makes it")
         else:
             yield _error("database", f"{error}, and {folder} is not there or not writable")
         return
@@ -297,7 +297,7 @@ def _of_depot(post_office: PostOffice, database: Any) -> Iterator[_Finding]:
     try:
         folder = find_folder(connection.root(), settings.zodb_path)
     except FolderMissing:
-        yield _ok("depot", f"{settings.zodb_path_text} will be made by the first import")
+        yield _ok("depot", f"{settings.zodb_path_text} will be made by the first intake of mail")
         return
     except DepotFormatError as error:
         yield _error("depot", str(error), error.exit_status)
@@ -314,7 +314,7 @@ def _of_depot(post_office: PostOffice, database: Any) -> Iterator[_Finding]:
         )
         for name in settings.queue_names:
             if name not in names:
-                yield _ok(f"queue {name}", "will be made by the next import")
+                yield _ok(f"queue {name}", "will be made by the next intake of mail")
         for name in names:
             if name not in settings.queue_names:
                 yield _warning(
@@ -332,7 +332,7 @@ def _of_owner(subject: str, path: Path) -> Iterator[_Finding]:
     if os.geteuid() == 0 and owner != 0:
         yield _warning(
             subject,
-            f"{path} belongs to {_user(owner)}; run the import as {_user(owner)} and not as root",
+            f"{path} belongs to {_user(owner)}; take mail as {_user(owner)} and not as root",
         )
 
 

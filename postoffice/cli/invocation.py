@@ -118,7 +118,7 @@ class Invocation:
             path = missing_file(post_office.settings.zodb_uri)
             if path is not None:
                 raise FolderMissing(
-                    f"there is no database {path} yet; `postoffice import` makes it"
+                    f"there is no database {path} yet; the first intake of mail makes it"
                 )
             try:
                 yield post_office

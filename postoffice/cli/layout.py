@@ -87,14 +87,18 @@ def _write(path: Path, text: str) -> None:
 def _tell(folder: Path) -> None:
     say(f"{folder} has now:")
     say("  postoffice.ini   the configuration, commented; two queues to start from")
-    say("  Maildir          where mail is delivered")
-    say("  var              for the database, made by the first import")
+    say("  Maildir          where mail can be delivered, and the archive")
+    say("  var              for the database, made by the first intake of mail")
     say("  zeo.conf         to share the database among processes")
     say("Next:")
-    say("  1. let the mail server deliver to Maildir, and write your queues into postoffice.ini")
+    say("  1. write your queues into postoffice.ini, and have mail come by one of the ways:")
+    say(
+        f"     Maildir  postoffice -C {folder}/postoffice.ini   imports what waits; cron can run it"
+    )
+    say(f"     LMTP     postoffice lmtp -C {folder}/postoffice.ini   with lmtp = ...; runs on")
+    say("     pipe     Postfix runs postoffice-deliver for each message")
     say(f"  2. postoffice check -C {folder}/postoffice.ini")
-    say(f"  3. postoffice -C {folder}/postoffice.ini   imports what waits; cron can run it")
-    say(f"  4. runzeo -C {folder}/zeo.conf   once an application shall run beside the import")
+    say(f"  3. runzeo -C {folder}/zeo.conf   once an application shall run beside the intake")
     if len(os.fsencode(f"{folder}/var/zeo.sock")) > _LONGEST_SOCKET:
         complain(
             f"{folder}/var/zeo.sock is too long for a socket's address; write a shorter one into "

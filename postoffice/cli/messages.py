@@ -163,7 +163,8 @@ def _row(entry: Entry) -> list[str]:
     return [
         str(entry.id),
         local_time(entry.arrived),
-        entry.header_from,
+        # A notice is known by its null sender, whatever From says.
+        "<>" if entry.sender == "" else entry.header_from,
         ", ".join(entry.recipients)[:_LONGEST_TO] or entry.header_to,
         entry.subject,
         size(entry.size),

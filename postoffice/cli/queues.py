@@ -71,7 +71,7 @@ def _row(one: QueueStatus, now: int) -> list[str]:
         str(one.deferred),
         str(one.quarantined),
         "" if one.oldest is None else age(one.oldest, now),
-        configured if one.made else "yes; made by the next import",
+        configured if one.made else "yes; made by the next intake",
     ]
 
 
@@ -85,4 +85,7 @@ def queues_remove_command(invocation: Invocation, name: str) -> None:
         post_office.remove_queue(name)
         say(f"queue {name} is removed")
         if name in post_office.settings.queue_names:
-            say(f"it is still in {post_office.settings.path}, so the next import makes it again")
+            say(
+                f"it is still in {post_office.settings.path}, so the next intake of mail makes it "
+                "again"
+            )

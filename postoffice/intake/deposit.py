@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import date
 from typing import Any
 
-from transaction.interfaces import NoTransaction, TransientError
+from transaction.interfaces import TransientError
 from ZODB.blob import Blob
 from ZODB.POSException import ConflictError, POSError
 
@@ -37,6 +37,7 @@ from postoffice.exceptions import (
     TemporaryError,
 )
 from postoffice.intake.archive import Archive, Failure, local_day
+from postoffice.intake.commit import commit, give_up
 from postoffice.intake.consignment import Consignment
 from postoffice.intake.conversation import Reply
 from postoffice.intake.report import report
@@ -140,14 +141,14 @@ class Deposit:
                 self._manager.begin()
                 outcomes = self._deliver(consignments)
                 self._archive.sync()
-                self._commit()
+                commit(self._manager)
             except ConflictError as error:
-                self._give_up()
+                give_up(self._manager, self._intake)
                 if attempt == _ATTEMPTS - 1:
                     raise DepotUnavailable(f"the database refuses: {one_line(error)}") from error
                 time.sleep(random.uniform(0.5, 1) * 0.01 * 2**attempt)  # noqa: S311  # no secret
             except BaseException:
-                self._give_up()
+                give_up(self._manager, self._intake)
                 raise
             else:
                 break
@@ -257,29 +258,6 @@ class Deposit:
         if outcome.id is not None:
             return Reply(250, "2.0.0", f"queued as {outcome.id}")
         return Reply(250, "2.0.0", f"not queued: {outcome.decision.reason}")
-
-    # -- transactions ------------------------------------------------------------------------------
-
-    def _commit(self) -> None:
-        """Commit; whatever a storage raises then is a failure of the database."""
-        try:
-            self._manager.commit()
-        except (TransientError, POSError, OSError):
-            raise
-        except Exception as error:
-            # ZODB asserts that it could make a folder for a blob, which a full disk forbids.
-            raise OSError(f"{type(error).__name__}: {error}") from error
-
-    def _give_up(self) -> None:
-        self._intake.forget_queues()
-        try:
-            self._manager.abort()
-        except NoTransaction:
-            # It ended with a commit that failed.
-            return
-        except (POSError, OSError) as error:
-            # The storage is gone, and with it what the transaction was about to do.
-            log.debug("abort failed too: %s", error)
 
 
 def _link_target(path: str, target: str) -> None:

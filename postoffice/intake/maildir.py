@@ -41,6 +41,7 @@ from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable, PostofficeError, TemporaryError
 from postoffice.intake.archive import Archive, Failure, local_day
+from postoffice.intake.commit import commit, give_up
 from postoffice.intake.reader import (
     SpoolFile,
     Unreadable,
@@ -494,38 +495,20 @@ class MaildirImport:
                     self._manager.abort()
                     return
                 work()
-                self._commit()
+                commit(self._manager)
                 return
             except TransientError as error:
-                self._give_up()
+                give_up(self._manager, self._intake)
                 attempt += 1
                 if attempt == _ATTEMPTS:
                     raise DepotUnavailable(f"the database refuses: {one_line(error)}") from error
                 time.sleep(random.uniform(0.5, 1) * min(0.01 * 2**attempt, 2))  # noqa: S311  # no secret
             except (POSError, OSError) as error:
-                self._give_up()
+                give_up(self._manager, self._intake)
                 raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
             except BaseException:
-                self._give_up()
+                give_up(self._manager, self._intake)
                 raise
-
-    def _commit(self) -> None:
-        """Commit; whatever a storage raises then is a failure of the database."""
-        try:
-            self._manager.commit()
-        except (TransientError, POSError, OSError):
-            raise
-        except Exception as error:
-            # ZODB asserts that it could make a folder for a blob, which a full disk forbids.
-            raise OSError(f"{type(error).__name__}: {error}") from error
-
-    def _give_up(self) -> None:
-        self._intake.forget_queues()
-        try:
-            self._manager.abort()
-        except (POSError, OSError) as error:
-            # The storage is gone, and with it what the transaction was about to do.
-            log.debug("abort failed too: %s", error)
 
 
 def unique(name: str) -> str:

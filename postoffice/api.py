@@ -33,6 +33,7 @@ from postoffice.intake.arrival import Arrival
 from postoffice.intake.consignment import consign, parcel_of
 from postoffice.intake.conversation import Reply
 from postoffice.intake.deposit import Deposit, Unrouted
+from postoffice.intake.expiry import Expiry
 from postoffice.intake.listener import TCPAddress, UnixAddress
 from postoffice.intake.maildir import Maildir, MaildirImport, Outcome
 from postoffice.intake.reader import Reader, open_message
@@ -292,7 +293,9 @@ class PostOffice:
             self._folder_of_large_messages(),
             settings.rejects_unrouted,
         )
-        Service(receiver, self._open_deposit, self.close).run(ready)
+        expiry = self.expiry()
+        upkeep = (lambda: None) if expiry is None else (lambda: expiry.work(time.time()))
+        Service(receiver, self._open_deposit, self.close, upkeep).run(ready)
 
     def deliver(self, arrival: Arrival) -> list[Reply]:
         """Store one message; return the reply for each of its recipients.
@@ -360,6 +363,11 @@ class PostOffice:
         place = self.settings.archive
         folder = place if isinstance(place, Path) else None
         return Archive(self.settings.maildir, folder, keeps=place is not None)
+
+    def expiry(self) -> Expiry | None:
+        """Return what removes the archive's older days bit by bit; ``None``: all are kept."""
+        archive, keep = self.archive(), self.settings.archive_keep
+        return None if keep is None or not archive.keeps else Expiry(archive, keep)
 
     # -- what administrators ask and do ------------------------------------------------------------
 

@@ -78,11 +78,13 @@ class Running:
         address: str | tuple[str, int],
         *,
         hazards: bool = False,
+        quiet: bool = False,
         new_session: bool = False,
     ) -> None:
         """Start it, and wait until clients can connect.
 
         :param hazards: with the filters of this module.
+        :param quiet: without a line for each message.
         :param new_session: as a group of processes of its own.
         """
         self.spool = spool
@@ -90,7 +92,7 @@ class Running:
         self._said = spool.folder / "said"
         words = ["tests.lmtp_service", str(spool.ini)]
         if not hazards:
-            words = ["postoffice.cli", "-C", str(spool.ini), "-v", "lmtp"]
+            words = ["postoffice.cli", "-C", str(spool.ini), *([] if quiet else ["-v"]), "lmtp"]
         with open(self._said, "ab") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *words],

@@ -317,15 +317,19 @@ def test_days_of_the_maildir_expire(spool: Path) -> None:
 def test_what_cannot_expire_is_logged(
     spool: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A day that cannot be removed is a warning; the next import tries again."""
-    (spool / ".2020.01.01").mkdir()
+    """A day that cannot be removed is a warning, and the next one is removed all the same."""
+    for name in (".2020.01.01", ".2020.01.02"):
+        (spool / name).mkdir()
+    rmdir = os.rmdir
 
     def refuse(path: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+        if path.endswith("01"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        rmdir(path)
 
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "rmdir", refuse)
     with caplog.at_level(logging.WARNING):
-        assert Archive(spool, None, keeps=True).expire(1, NOON) == []
+        assert Archive(spool, None, keeps=True).expire(1, NOON) == [".2020.01.02"]
     assert ".2020.01.01 cannot be removed" in caplog.text
 
 

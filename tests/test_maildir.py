@@ -26,6 +26,7 @@ from postoffice.delivery import Intake, Prepared, Result
 from postoffice.exceptions import DepotUnavailable, TemporaryError
 from postoffice.intake import maildir
 from postoffice.intake.archive import local_day
+from postoffice.intake.commit import commit as commit_intake
 from postoffice.intake.maildir import Maildir, MaildirBusy, MaildirImport, identity, unique
 from postoffice.queue import BLOB_SIZE
 from tests.spools import EPOCH, Spool, digest, large, mail, other_file_system, post_office
@@ -708,16 +709,16 @@ def test_a_commit_in_doubt_is_looked_up(spool: Spool, monkeypatch: pytest.Monkey
     for number in range(5):
         spool.put(mail(f"mail {number}"))
     spool.put(large("blob"))
-    original = MaildirImport._commit
+    original = commit_intake
     commits: list[int] = []
 
-    def commit(self: MaildirImport) -> None:
+    def commit(manager: Any) -> None:
         commits.append(1)
         if len(commits) % 2:
-            self._manager.get().join(LosesConnection())
-        original(self)
+            manager.get().join(LosesConnection())
+        original(manager)
 
-    monkeypatch.setattr(MaildirImport, "_commit", commit)
+    monkeypatch.setattr(maildir, "commit", commit)
     assert spool.run().counts == {"queued": 6}
     assert subjects(spool) == [*(f"mail {number}" for number in range(5)), "blob"]
     assert spool.waiting() == []

@@ -21,6 +21,7 @@ from ZODB.FileStorage import FileIterator
 
 from postoffice.api import PostOffice
 from postoffice.intake import handover
+from postoffice.intake.archive import local_day
 from postoffice.queue import BLOB_SIZE
 from tests.deposits import ANN, BILLING, QUEUES, SALES
 from tests.lmtp_client import Client
@@ -250,9 +251,9 @@ def test_stopping_finishes_what_is_in_hand(service: Running, how: signal.Signals
 
 
 def test_stopping_before_anything_has_come(service: Running) -> None:
-    """A service that has opened no database yet stops as well."""
+    """A service to which nothing has come stops as well, and others can have its database."""
     assert service.stop() == 0
-    assert not (service.spool.folder / "depot.fs").exists()
+    assert service.raws() == []
 
 
 def test_an_interrupt_at_the_terminal(tmp_path: Path) -> None:
@@ -399,12 +400,48 @@ def test_a_storage_that_is_not_there_yet(tmp_path: Path) -> None:
     assert "Traceback" not in service.said
 
 
+def test_a_start_without_the_database(tmp_path: Path) -> None:
+    """A service that starts before its database says so at once, and says when it is there."""
+    zeo = ZeoServer(tmp_path / "zeo", tmp_path / "z")
+    lines = ["WARNING nothing can be stored", "lmtp: listening at", "WARNING the database can be"]
+    with Running(*site(tmp_path, uri=zeo.uri(1)), quiet=True) as service:
+        wait_until(lambda: lines[1] in service.said)
+        with zeo:
+            wait_until(lambda: lines[2] in service.said)
+            assert service.stop() == 0
+    said = service.said.splitlines()
+    assert len(said) == len(lines)
+    for wanted, line in zip(lines, said, strict=True):
+        assert wanted in line
+
+
+def test_the_archive_expires(tmp_path: Path) -> None:
+    """A service removes what has expired in the archive, and stores what comes meanwhile."""
+    spool, socket = site(tmp_path, "archive_keep = 30d\n")
+    today, failed = f".{local_day(time.time()):%Y.%m.%d}", ".failed"
+    for day in (".2020.01.01", ".2020.01.02", today, failed):
+        for number in range(60):
+            path = spool.maildir / day / "cur" / f"{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"raw")
+    with Running(spool, socket) as service:
+        assert service.deliver(mail("one"), BILLING) == [STORED]
+        wait_until(lambda: not list(spool.maildir.glob(".2020*")))
+        assert service.deliver(mail("two"), BILLING) == [STORED]
+        assert service.stop() == 0
+    for day in (today, failed):
+        assert len(os.listdir(spool.maildir / day / "cur")) == 60
+    assert "archive of .2020.01.02 has expired" in service.said
+
+
 def test_a_file_that_another_process_has(tmp_path: Path) -> None:
     """While another process has the FileStorage open, clients are told to try again."""
     spool, socket = site(tmp_path)
-    with Running(spool, socket) as service, service.client() as client:
+    with ExitStack() as stack:
         with PostOffice(spool.ini) as office:
             office.reconcile_queues()
+            service = stack.enter_context(Running(spool, socket))
+            client = stack.enter_context(service.client())
             assert client.deliver(ANN, [BILLING, SALES], crlf(mail("one"))) == [LATER] * 2
             assert "is locked by process" in service.said
         stored_at_last(client, mail("one"))

@@ -273,15 +273,27 @@ class Archive:
     def expire(self, keep: float, now: float) -> list[str]:
         """Remove the folders of days that ended more than `keep` seconds ago; return their names.
 
-        What cannot be removed is logged and tried again by the next import.
+        What cannot be removed is logged, for another time.
+
+        :param now: seconds since the epoch.
+        """
+        return [day for day in self.expiring(keep, now) if day]
+
+    def expiring(self, keep: float, now: float) -> Iterator[str]:
+        """Do as :meth:`expire` does, while it is iterated over.
+
+        Yields ``""`` for a file that is removed, and the name of a day that is removed with all it
+        had.
         """
         parent = str(self._spool if self._folder is None else self._folder)
         last = local_day(now - keep) - timedelta(days=1)
-        removed = []
         try:
             names = sorted(os.listdir(parent))
         except FileNotFoundError:
-            return []
+            return
+        except OSError as error:
+            log.warning("archive cannot be looked into: %s", error)
+            return
         for name in names:
             found = _DAY.fullmatch(name)
             if found is None or name.startswith(".") is not (self._folder is None):
@@ -294,17 +306,39 @@ class Archive:
             if day > last or os.path.islink(path) or not os.path.isdir(path):
                 continue
             try:
-                shutil.rmtree(path)
+                for _ in _removing(path):
+                    yield ""
             except OSError as error:
                 log.warning("archive of %s cannot be removed: %s", name, error)
             else:
-                removed.append(name)
-        return removed
+                yield name
 
 
 def local_day(seconds: float) -> date:
     """Return the day, where this machine is, of a time in seconds since the epoch."""
     return datetime.fromtimestamp(seconds, UTC).astimezone().date()
+
+
+def _removing(folder: str) -> Iterator[None]:
+    """Remove a folder with all that is in it, a file for each step.
+
+    Nobody else can write to what this user keeps, so that none of it turns into a link meanwhile.
+
+    :raises OSError: something of it cannot be removed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _removing(entry.path)
+                else:
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+                    yield
+        os.rmdir(folder)
+    except FileNotFoundError:
+        # Somebody else removes it too.
+        return
 
 
 def _short(name: str) -> str:

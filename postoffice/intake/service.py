@@ -40,6 +40,7 @@ _MOST_AT_ONCE = 200
 _PATIENCE_MILLISECONDS = 1000
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 _SOUND_SECONDS = 60.0
+_UPKEEP_SECONDS = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,11 +59,13 @@ class Service:
         receiver: Receiver,
         open_deposit: Callable[[], Deposit],
         close_database: Callable[[], None],
+        upkeep: Callable[[], object] = lambda: None,
     ) -> None:
         """Prepare to serve.
 
-        :param open_deposit: opens the depot; tried again, when it fails, with the next message.
+        :param open_deposit: opens the depot; tried again when it fails.
         :param close_database: closes what that has opened.
+        :param upkeep: is called between two commits, about once a second; it does not take long.
         """
         self._receiver = receiver
         self._open_deposit = open_deposit
@@ -71,6 +74,9 @@ class Service:
         self._opens_at = 0.0
         self._opening_delay = _FIRST_DELAY
         self._fails = False
+        self._waits = False
+        self._upkeep = upkeep
+        self._upkeep_at = 0.0
         self._pid = 0
         self._stopping = False
 
@@ -155,8 +161,10 @@ class Service:
 
     def _serve(self, channel: _Channel, ready: Callable[[], None]) -> None:
         """Store and answer until the receiver ends."""
-        while (came := channel.receive()) is not None:
+        while (came := channel.receive(self._look_after)) is not None:
             if came[0] == "ready":
+                # Whoever has started it learns now what every client would be told.
+                self._opened()
                 ready()
                 continue
             if came[0] == "refused":
@@ -180,6 +188,17 @@ class Service:
                     for (number, _, _), told in zip(batch, replies, strict=True)
                 ]
             )
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """Do what no message asks for, if it is time."""
+        now = time.monotonic()
+        if now < self._upkeep_at:
+            return
+        self._upkeep_at = now + _UPKEEP_SECONDS
+        if self._waits:
+            self._opened()
+        self._upkeep()
 
     def _store(self, consignments: Sequence[Consignment]) -> list[list[Reply]]:
         deposit = self._opened()
@@ -211,9 +230,14 @@ class Service:
             try:
                 self._deposit = self._open_deposit()
                 self._opening_delay = _FIRST_DELAY
+                if self._waits:
+                    self._fails = self._waits = False
+                    log.warning("the database can be used again")
             except (PostofficeError, POSError, TransientError, OSError) as error:
-                log.error("nothing can be stored now: %s", one_line(error))
-                self._fails = True
+                # Once for as long as it lasts.
+                level = logging.INFO if self._fails else logging.WARNING
+                log.log(level, "nothing can be stored now: %s", one_line(error))
+                self._fails = self._waits = True
                 self._close()
                 self._opens_at = time.monotonic() + self._opening_delay
                 self._opening_delay = min(2 * self._opening_delay, _LONGEST_DELAY)
@@ -250,12 +274,17 @@ class _Channel:
         self._values: deque[Any] = deque()
         self._ended = False
 
-    def receive(self) -> Any:
-        """Wait for the next value; ``None`` at the end."""
+    def receive(self, meanwhile: Callable[[], None]) -> Any:
+        """Wait for the next value; ``None`` at the end.
+
+        :param meanwhile: is called about once a second.
+        """
         while not self._values and not self._ended:
             # A signal that comes right before the wait does not end it.
             if self._poller.poll(_PATIENCE_MILLISECONDS):
                 self._read()
+            else:
+                meanwhile()
         return self._values.popleft() if self._values else None
 
     def receive_until(self, until: float) -> Any:

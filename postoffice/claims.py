@@ -369,6 +369,10 @@ class Claims:
         self.held.pop(place, None)
         return deferred
 
+    def go_on_through(self, connection: Any) -> None:
+        """Go on by another connection to the same queue, after the database was opened anew."""
+        self._db = connection.db()
+
     def read(self, work: Callable[[QueueRecord], _T]) -> _T:
         """Look at the queue as it is now, apart from any transaction of the caller's."""
         return self._run(work)

@@ -41,11 +41,19 @@ from typing import Any
 import transaction
 from transaction.interfaces import NoTransaction, TransientError
 from ZODB.POSException import ConflictError, POSError, POSKeyError
+from ZODB.utils import maxtid, z64
 
 from postoffice.claimed import ClaimedMessage
+from postoffice.claims import Claims
 from postoffice.depot.policy import Policy
 from postoffice.display import one_line, printable
-from postoffice.exceptions import HandlerError, MessageTaken, PermanentError, QueueRemoved
+from postoffice.exceptions import (
+    DepotUnavailable,
+    HandlerError,
+    MessageTaken,
+    PermanentError,
+    QueueRemoved,
+)
 from postoffice.message import Message
 from postoffice.queue import Queue, open_queue
 
@@ -97,7 +105,8 @@ def consume(
     Any number of processes may consume one queue.  Each message is committed by one of them.
 
     In the main thread, SIGTERM and SIGINT end it when the message in hand is done; a second one is
-    not waited for.  The storage may go away and come back meanwhile.
+    not waited for.  The storage may go away and come back meanwhile; a FileStorage that has closed
+    itself after an error of the disk is opened anew, if a URI tells how.
 
     :param db_or_uri: an open ``ZODB.DB``, which stays open, or a zodburi URI.
     :param queue_name: the queue's name.
@@ -112,7 +121,8 @@ def consume(
     :param lease: seconds that a claim holds; longer than the handler ever takes.
     :param stop: is asked between two messages, and twice a second when there is none.
     :return: what was done.
-    :raises postoffice.exceptions.DepotUnavailable: the database cannot be opened now.
+    :raises postoffice.exceptions.DepotUnavailable: the database cannot be opened now; or it was
+        given open, and has closed itself.
     :raises postoffice.exceptions.QueueMissing: there is no such queue, or it was removed.
     :raises postoffice.exceptions.HandlerError: the handler cannot be called with a message.
     :raises ValueError: a number is too small; a :exc:`TypeError` if it is none.
@@ -165,8 +175,85 @@ def _consumer(
     }
     given = {name: value for name, value in given.items() if value is not None}
     _check_policy(Policy()._replace(**given))
-    with open_queue(db_or_uri, queue_name, path, manager) as queue:
-        yield _Consumer(queue, manager, handler, given)
+    source = _Source(db_or_uri, queue_name, path, manager)
+    consumer = _Consumer(source, handler, given)
+    try:
+        yield consumer
+    finally:
+        source.close()
+
+
+class _Source:
+    """Where a queue comes from, and how it is opened anew.
+
+    :ivar queue: the open queue; the former one when it could not be opened again yet.
+    """
+
+    def __init__(self, db_or_uri: Any, queue_name: str, path: str, manager: Any) -> None:
+        """Open the queue.
+
+        :raises postoffice.exceptions.PostofficeError: as :func:`postoffice.queue.open_queue`.
+        """
+        self._arguments = (db_or_uri, queue_name, path, manager)
+        self.manager = manager
+        self._close: Callable[[], None] | None = None
+        self._claims: Claims | None = None
+        self.queue: Queue
+        self._open()
+
+    def _open(self) -> None:
+        self.queue, self._close = open_queue(*self._arguments)
+        self.connection = self.queue.record._p_jar
+
+    @property
+    def can_open(self) -> bool:
+        """Whether it was opened here, and so can be opened anew."""
+        return isinstance(self._arguments[0], str)
+
+    def close(self) -> None:
+        """Abort what is under way, and close what was opened."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+    def is_closed(self, error: Exception) -> bool:
+        """Tell whether the storage has closed itself, as a FileStorage does on some disk errors.
+
+        :param error: what it has raised.
+        """
+        if self._close is None:
+            return True
+        # What is done with a closed file raises this; a server that is away is not asked again.
+        if not isinstance(error, ValueError):
+            return False
+        try:
+            storage = self.connection.db().storage
+            storage.loadBefore(z64, maxtid)
+        except ValueError:
+            return True
+        except Exception as other:
+            log.debug("queue %r: the storage cannot be asked: %r", self.queue.name, other)
+        return False
+
+    def open_anew(self) -> None:
+        """Open what has closed itself; what was claimed by then is given back.
+
+        :raises postoffice.exceptions.DepotUnavailable: it cannot be opened now.
+        """
+        self._claims = self.queue.taking.surrender() or self._claims
+        try:
+            self.close()
+        except Exception as error:
+            # Nothing of it works any more.
+            log.debug("queue %r: closing failed: %r", self.queue.name, error)
+        if not self.can_open:
+            raise DepotUnavailable(
+                f"queue {self.queue.name!r}: the database has closed itself; open it anew"
+            )
+        self._open()
+        if self._claims is not None:
+            self.queue.take_claims_over(self._claims)
+            self._claims = None
 
 
 def _check_policy(policy: Policy) -> None:
@@ -206,18 +293,18 @@ def _takes_connection(handler: Handler) -> bool:
 class _Consumer:
     """One run of the loop."""
 
-    def __init__(self, queue: Queue, manager: Any, handler: Handler, given: dict[str, Any]) -> None:
-        self._queue = queue
-        self._manager = manager
+    def __init__(self, source: _Source, handler: Handler, given: dict[str, Any]) -> None:
+        self._source = source
+        self._queue = source.queue
+        self._manager = source.manager
         self._handler = handler
         self._given = given
         self._policy = Policy()
-        self._connection = queue.record._p_jar
         self._takes_connection = _takes_connection(handler)
         self._counts = Counts()
         self._signalled = False
         self._batch = 1
-        self._outage = _Outage(queue.name)
+        self._outage = _Outage(self._queue.name)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -293,14 +380,36 @@ class _Consumer:
         except Exception as error:
             # What a storage that is away raises, only its driver knows; unknown is temporary.
             self._outage.note(error)
+            self._open_anew(error)
             return None
         self._outage.over()
         return held
 
+    def _open_anew(self, error: Exception) -> bool:
+        """Open a storage that has closed itself; return whether this was so, and is done.
+
+        :param error: what the storage has raised.
+        :raises postoffice.exceptions.DepotUnavailable: it was given to us open.
+        """
+        if not self._source.is_closed(error):
+            return False
+        try:
+            self._source.open_anew()
+        except Exception as again:
+            if not self._source.can_open:
+                raise
+            self._outage.note(again)
+            return False
+        self._queue = self._source.queue
+        log.warning("queue %r: the database had closed itself, and is open again", self._queue.name)
+        return True
+
     def _work_off(self, held: list[ClaimedMessage], stopped: Callable[[], bool]) -> None:
         started = time.monotonic()
+        queue = self._queue
         for done, one in enumerate(held):
-            if done and stopped():
+            # What was claimed of a storage that has closed itself was given back.
+            if done and (stopped() or self._queue is not queue):
                 break
             self._process(one, stopped)
         seconds = (time.monotonic() - started) / len(held)
@@ -312,6 +421,7 @@ class _Consumer:
 
     def _process(self, held: ClaimedMessage, stopped: Callable[[], bool]) -> None:
         """Work on one message until something has become of it."""
+        queue = self._queue
         tries = outages = unnoted = 0
         in_doubt = False
         while True:
@@ -353,6 +463,8 @@ class _Consumer:
                 if isinstance(error, ConflictError):
                     _pause(tries)
                 elif not self._is_ours_still(held, error, stopped):
+                    if in_doubt and self._is_gone(held, queue):
+                        self._counts.done += 1
                     return
                 else:
                     # The conflicts before an outage have nothing to do with those after it.
@@ -371,11 +483,13 @@ class _Consumer:
                 tries = 0
                 if self._is_ours_still(held, raised, stopped):
                     continue
+                if in_doubt and self._is_gone(held, queue):
+                    self._counts.done += 1
             return
 
     def _call(self, held: ClaimedMessage) -> None:
         if self._takes_connection:
-            returned = self._handler(held.message, connection=self._connection)
+            returned = self._handler(held.message, connection=self._source.connection)
         else:
             returned = self._handler(held.message)
         if inspect.iscoroutine(returned):
@@ -399,9 +513,24 @@ class _Consumer:
                 return True
             except Exception as again:
                 self._outage.note(again)
+                if self._open_anew(again):
+                    return False
             else:
                 self._outage.over()
                 return True
+
+    def _is_gone(self, held: ClaimedMessage, queue: Queue) -> bool:
+        """Tell whether a message is not in the storage that was opened anew.
+
+        :param queue: as it was before; where nothing was opened, nobody knows.
+        """
+        if self._queue is queue:
+            return False
+        try:
+            return self._queue.taking.lend().read(lambda record: record.live(held.place) is None)
+        except Exception as error:
+            self._outage.note(error)
+            return False
 
     def _fail(self, held: ClaimedMessage, error: Exception) -> None:
         """Defer a message that has failed, or put it into quarantine."""
@@ -424,12 +553,12 @@ class _Consumer:
         self._report(held, text, held.attempts, "it is in quarantine", None)
 
     def _quarantine(self, held: ClaimedMessage, error: Any, attempts: int) -> None:
-        self._counts.quarantined += 1
         for attempt in range(_RETRIES):
             try:
                 self._manager.begin()
                 held.quarantine(error, attempts)
                 self._manager.commit()
+                self._counts.quarantined += 1
                 return
             except MessageTaken:
                 self._abort()

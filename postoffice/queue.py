@@ -33,7 +33,7 @@ from zope.interface import implementer
 from postoffice.addresses import mailboxes
 from postoffice.bounces import compose_bounce, compose_quarantine_notice
 from postoffice.claimed import ClaimedMessage
-from postoffice.claims import Holder, living_claims
+from postoffice.claims import Claims, Holder, living_claims
 from postoffice.database import open_database
 from postoffice.depot.durability import BlobDurability
 from postoffice.depot.entry import DISCARDED, DONE, QUARANTINED, QUEUED, Body, Entry, ErrorText
@@ -232,6 +232,16 @@ class Queue:
         """
         if self.taking.lent is not None:
             self.taking.lent.abandon()
+
+    def take_claims_over(self, claims: Claims) -> None:
+        """Give back what another object for this queue has claimed, and claim in its name.
+
+        For when a database had to be opened anew: of a claim whose commit is in doubt, only its own
+        holder knows.
+        """
+        claims.go_on_through(self._connection)
+        self.taking.adopt(claims)
+        self.release_claims()
 
     # -- taking ------------------------------------------------------------------------------------
 

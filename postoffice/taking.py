@@ -214,6 +214,16 @@ class Taking:
             self._watch_close()
         return self.lent
 
+    def surrender(self) -> Claims | None:
+        """Have no part any more in what the application claimed itself; return it."""
+        claims, self.lent = self.lent, None
+        return claims
+
+    def adopt(self, claims: Claims) -> None:
+        """Have those be the claims for what the application claims itself."""
+        self.lent = claims
+        self._watch_close()
+
     def lapses(self, place: Place) -> int:
         """Return how many holders have been lost with the message at a place in hand."""
         for claims in (self.claims, self.lent):

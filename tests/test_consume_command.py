@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ZODB import DB
+from ZODB.FileStorage import FileStorage
 
 from postoffice.depot.policy import Policy
-from tests.depots import QUEUE, Depot, Seat, subjects, zeo_depot
+from tests.crash_delivery import tracing
+from tests.depots import QUEUE, Depot, Seat, file_depot, subjects, zeo_depot
 from tests.sites import Site
 
 COMMAND = Path(sys.executable).parent / "postoffice"
@@ -24,6 +28,7 @@ LONGEST = 60.0
 
 # The application.  What it does with a message is in the first word of the subject.
 APPLICATION = """
+import ctypes
 import os
 import signal
 import sys
@@ -31,6 +36,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
+# Where a security module lets only parents trace: any process may trace this one.
+ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
 
 
 class Mail:
@@ -235,6 +242,36 @@ def test_a_message_that_fails(application: Application, seat: Seat) -> None:
         assert "<fail@example.com>" in line
         assert r"ValueError: no \x1b[31m such bill" in line
     assert "quarantine" in lines[1]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_file_that_has_closed_itself(tmp_path: Path, number: int) -> None:
+    """A FileStorage that an error of the disk has closed is opened anew, and all is done once."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    names = ["wait-1", *(f"bill-{one}" for one in range(5))]
+    folder = tmp_path / "depot"
+    folder.mkdir()
+    with file_depot(folder) as depot:
+        depot.seat().add(*names)
+    application = Application(tmp_path, depot)
+    application.configure("max_attempts = 1")
+    failure = ["-o", os.devnull, "-e", "trace=fsync"]
+    failure += ["-e", f"inject=fsync:error=EIO:when={number}"]
+    with application.consuming():
+        until(lambda: application.begun)
+        ((worker, _),) = application.begun
+        with tracing(worker, failure):
+            application.enough()
+            until(lambda: len(application.done) == len(names))
+            until(lambda: "the database answers again" in application.log)
+    assert sorted(application.done) == sorted(names)
+    assert {process for process, _ in application.begun} == {worker}
+    with (
+        contextlib.closing(DB(FileStorage(str(folder / "depot.fs")))) as database,
+        contextlib.closing(Seat(database)) as seat,
+    ):
+        assert (left(seat), quarantined(seat)) == ([], [])
 
 
 def test_the_policy_is_written_into_the_depot(application: Application, seat: Seat) -> None:

@@ -24,7 +24,7 @@ from postoffice import PermanentError, QueueMissing
 from postoffice.consumer import Counts, consume, drain
 from postoffice.database import open_database
 from postoffice.depot.policy import Policy
-from postoffice.exceptions import HandlerError
+from postoffice.exceptions import DepotUnavailable, HandlerError
 from postoffice.message import Message
 from postoffice.queue import BLOB_SIZE
 from tests.depots import (
@@ -32,6 +32,7 @@ from tests.depots import (
     Depot,
     Seat,
     depot,
+    file_depot,
     local_depot,
     mail,
     one,
@@ -458,6 +459,37 @@ def test_the_storage_may_go_and_come_back(tmp_path: Path) -> None:
             seat.close()
         finally:
             database.close()
+
+
+def test_a_storage_that_has_closed_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is opened anew by its URI; that counts against no message, and each is done once."""
+    with file_depot(tmp_path) as opened:
+        opened.seat().add("a", "b", "c", "d")
+    seen: list[str] = []
+
+    def handle(message: Message, connection: Any) -> None:
+        seen.append(message["Subject"])
+        if seen.count("b") == 1 and seen[-1] == "b":
+            # As a FileStorage does when the disk fails while it commits.
+            connection.db().storage.close()
+
+    assert drain(opened.uri, QUEUE, handle, max_attempts=1) == Counts(done=4)
+    assert seen == ["a", "b", "b", "c", "d"]
+    assert "the database had closed itself, and is open again" in caplog.text
+    with closing(open_database(opened.uri)) as database, closing(Seat(database)) as seat:
+        assert (left(seat), in_quarantine(seat), seat.queue.claims()) == ([], [], [])
+
+
+def test_a_storage_that_was_given_open_and_has_closed_itself(local: Depot) -> None:
+    """Who has opened it is told, instead of waiting for ever."""
+    seat = local.seat()
+    seat.add("a", "b")
+
+    def handle(message: Message, connection: Any) -> None:
+        connection.db().storage.close()
+
+    with pytest.raises(DepotUnavailable, match="closed itself"):
+        drain(seat.database, QUEUE, handle)
 
 
 def test_it_ends_when_told_to_while_the_storage_is_away(tmp_path: Path) -> None:

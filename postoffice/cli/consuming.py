@@ -95,8 +95,8 @@ def _work(settings: Settings, queue_name: str, handler: str) -> None:
     function = _imported(handler)
     with PostOffice(settings) as post_office:
         post_office.apply_policy(queue_name)
-        path = settings.zodb_path_text
-        consume(post_office.database, queue_name, function, path=path, stop=_heed_signals())
+    path = settings.zodb_path_text
+    consume(settings.zodb_uri, queue_name, function, path=path, stop=_heed_signals())
 
 
 def _heed_signals() -> Callable[[], bool]:

@@ -111,13 +111,14 @@ def serve_storage(uri: str, place: UnixPlace, ready: Callable[[], None] = lambda
     if path is None:
         raise DepotMisconfigured(f"zodb_uri {shown(uri)}: only a file:// can be served")
     most = quota(uri)
-    for number in _STOPS:
-        signal.signal(number, _stop)
-    die_with(os.getppid())
-    if is_locked(path):
-        raise DepotUnavailable(locked_text(path, uri))
     seat = _Seat(path, place)
+    before = {number: signal.signal(number, _stop) for number in _STOPS}
     try:
+        die_with(os.getppid())
+        with explained(uri):
+            os.stat(os.path.dirname(path))
+        if is_locked(path):
+            raise DepotUnavailable(locked_text(path, uri))
         seat.claim()
         with explained(uri):
             mend_files(uri)
@@ -130,6 +131,8 @@ def serve_storage(uri: str, place: UnixPlace, ready: Callable[[], None] = lambda
         return
     finally:
         seat.leave()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:

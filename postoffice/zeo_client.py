@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from ZEO.ClientStorage import ClientStorage
+from ZEO.Exceptions import ClientDisconnected
 
 __all__ = ["FreshIdsClientStorage", "ask_for_new_ids", "client_of"]
 
@@ -38,7 +39,20 @@ def ask_for_new_ids(storage: Any) -> None:
         storage.__class__ = FreshIdsClientStorage
 
 
-class _CachingClientStorage(FreshIdsClientStorage):
+class _FileClientStorage(FreshIdsClientStorage):
+    """A client of the server of a file, with which a transaction sees what was committed before.
+
+    As with a file that one process has open; others of ZEO's clients see it a moment later.
+    """
+
+    def sync(self) -> None:
+        """Wait for what the server has told of others' transactions, unless it is away."""
+        if self.is_connected():
+            with suppress(ClientDisconnected):
+                self.ping()
+
+
+class _CachingClientStorage(_FileClientStorage):
     """A client with a folder of its own for blobs, which goes when it is closed.
 
     The folder is locked as long as its process lives, so that others know those that were left.
@@ -83,9 +97,9 @@ def client_of(
     """
     options = {"wait_timeout": seconds, "read_only": read_only}
     if blobs is None:
-        return FreshIdsClientStorage(address, **options)
+        return _FileClientStorage(address, **options)
     if _shares(blobs, read_only=read_only):
-        return FreshIdsClientStorage(address, blob_dir=blobs, shared_blob_dir=True, **options)
+        return _FileClientStorage(address, blob_dir=blobs, shared_blob_dir=True, **options)
     return _CachingClientStorage(address, **options)
 
 

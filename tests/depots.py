@@ -19,6 +19,7 @@ from postoffice.database import open_database
 from postoffice.depot.folder import QueuesFolder, find_folder, make_folder
 from postoffice.depot.queue import QueueRecord
 from postoffice.queue import Queue, find_queue
+from tests.file_server import FileServer
 from tests.postgresql import ServerMissing, shared_server
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "file_depot",
     "mail",
     "postgresql_depot",
+    "served_file_depot",
     "sqlite_depot",
     "subjects",
     "zeo_depot",
@@ -188,6 +190,18 @@ def zeo_socket_depot(folder: Path) -> Iterator[Depot]:
 
 
 @contextlib.contextmanager
+def served_file_depot(folder: Path) -> Iterator[Depot]:
+    """Open a depot in a file that a server has open, which everybody finds by the file's URI."""
+    # The folders of tests have names that are too long for a socket.
+    with (
+        tempfile.TemporaryDirectory(prefix="zeo") as place,
+        FileServer(folder, Path(place) / "socket") as server,
+        _opened(lambda: open_database(server.uri), server.uri) as depot,
+    ):
+        yield depot
+
+
+@contextlib.contextmanager
 def postgresql_depot(folder: Path, **options: str) -> Iterator[Depot]:
     """Open a depot in a database of PostgreSQL's, each seat with a folder of blobs of its own.
 
@@ -226,6 +240,7 @@ STORAGES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Depot]]] 
     "FileStorage": file_depot,
     "ZEO": zeo_depot,
     "ZEO-socket": zeo_socket_depot,
+    "served-file": served_file_depot,
     "PostgreSQL": postgresql_depot,
     "SQLite": sqlite_depot,
 }

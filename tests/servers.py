@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from tests.file_server import FileServer
 from tests.postgresql import PostgreSQL
 from tests.zeo_server import ZeoServer, free_port
 
@@ -24,7 +25,7 @@ class Server(Protocol):
     def start(self) -> None:
         """Start it, and wait until it answers."""
 
-    def stop(self, how: str) -> None:
+    def stop(self, how: str) -> object:
         """Stop it in one of its ways, and wait until it has ended."""
 
     def uri(self, client: str) -> str:
@@ -43,6 +44,21 @@ class _Zeo:
 
     def uri(self, client: str) -> str:
         return self._server.uri(wait_seconds=3)
+
+
+class _File:
+    """The server of a file, which clients find by the file's URI."""
+
+    how = FileServer.how
+
+    def __init__(self, folder: Path, address: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._server = FileServer(folder, address)
+        self.start = self._server.start
+        self.stop = self._server.stop
+
+    def uri(self, client: str) -> str:
+        return self._server.uri
 
 
 class _PostgreSQL:
@@ -87,6 +103,17 @@ def _zeo_on_socket(folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
+def _file(folder: Path) -> Iterator[Server]:
+    # The folders of tests have names that are too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="zeo") as place:
+        server = _File(folder, Path(place) / "socket")
+        try:
+            yield server
+        finally:
+            server.stop("SIGKILL")
+
+
+@contextlib.contextmanager
 def _postgresql(folder: Path) -> Iterator[Server]:
     server = PostgreSQL()
     try:
@@ -99,5 +126,6 @@ def _postgresql(folder: Path) -> Iterator[Server]:
 SERVERS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Server]]] = {
     "zeo": _zeo_on_tcp,
     "zeo-socket": _zeo_on_socket,
+    "file": _file,
     "postgresql": _postgresql,
 }

@@ -43,6 +43,8 @@ class Serving:
         """
         self.ini = ini
         self._said = ini.parent / "said"
+        # Later the configuration may be broken.
+        self._place = state_place(config.load(ini))
         self._notes = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         # An abstract name needs no folder, and no file is left behind.
         self._notes.bind(f"\0postoffice-{os.getpid()}-{time.monotonic_ns()}")
@@ -90,7 +92,7 @@ class Serving:
     @property
     def state(self) -> DaemonState:
         """How it says that it is."""
-        found = read_state(state_place(config.load(self.ini)))
+        found = read_state(self._place)
         assert found is not None, self.said
         return found
 
@@ -106,12 +108,22 @@ class Serving:
 
     # -- what is done to it ------------------------------------------------------------------------
 
+    def strike(self, name: str, how: signal.Signals = signal.SIGKILL) -> int:
+        """Send the process of a part that is at work a signal; return its number."""
+        pid = self.wait_until(name, "running").process
+        # Without a process it would be 0, which is all that run these tests.
+        assert pid > 0
+        os.kill(pid, how)
+        return pid
+
     def kill(self, name: str) -> None:
         """Kill a part; return when another process does its work."""
-        pid = self.part(name).process
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: self.part(name).process not in (0, pid))
+        self.wait_for_another(name, self.strike(name))
         self.wait_until(name, "running")
+
+    def wait_for_another(self, name: str, pid: int) -> None:
+        """Wait until another process than this one does the work of a part."""
+        wait_until(lambda: self.part(name).process not in (0, pid))
 
     def reload(self) -> None:
         """Have it read the configuration again; return when that is done."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -213,10 +214,10 @@ def test_clients_wait_while_the_listener_is_another_one(place: Place) -> None:
     """While the part that talks to clients is started again, connecting is never refused."""
     with place.serve() as serving:
         for _ in range(3):
-            os.kill(serving.part("lmtp").process, signal.SIGKILL)
+            pid = serving.strike("lmtp")
             with Client(place.socket) as client:
                 client.greet()
-            serving.wait_until("lmtp", "running")
+            serving.wait_for_another("lmtp", pid)
 
 
 def test_the_first_process_is_killed(place: Place) -> None:
@@ -236,9 +237,8 @@ def test_a_part_that_hangs(place: Place, name: str) -> None:
     """A part that gives no sign of life is killed, and another one does its work."""
     words = ("-m", "tests.impatient_daemon", str(place.spool.ini))
     with place.serve(words=words) as serving:
-        pid = serving.part(name).process
-        os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: serving.part(name).process not in (0, pid))
+        pid = serving.strike(name, signal.SIGSTOP)
+        serving.wait_for_another(name, pid)
         assert f"{name} hung: process {pid}" in serving.said
         serving.wait_until(name, "running")
         place.drop("one")
@@ -407,8 +407,9 @@ def test_applications_go_on(place: Place) -> None:
             stack.enter_context(Application(place.uri, "billing", name, said, 0.005))
         send(serving)
         for part in ("storage", "lmtp", "spool", "storage"):
-            os.kill(serving.part(part).process, signal.SIGKILL)
+            pid = serving.strike(part)
             send(serving)
+            serving.wait_for_another(part, pid)
         serving.reload()
         send(serving)
         assert serving.stop(signal.SIGKILL) == -signal.SIGKILL

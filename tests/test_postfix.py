@@ -484,25 +484,3 @@ def test_samples_and_documents_name_one_launcher() -> None:
     for name in [*names, "docs/postfix.rst"]:
         found = set(re.findall(r"/usr/\S+/deliver\b", (ROOT / name).read_text()))
         assert found == {LAUNCHER}, name
-
-
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    """Where systemd is, it finds no fault in the unit."""
-    command = tmp_path / "postoffice"
-    command.symlink_to("/bin/true")
-    unit = tmp_path / "postoffice-lmtp.service"
-    unit.write_text(
-        fragment(
-            unit.name,
-            {"/opt/postoffice/bin/postoffice": str(command), "User=postoffice": "User=daemon"},
-        )
-    )
-    analyse = shutil.which("systemd-analyze")
-    if analyse is None:
-        assert "ExecStart=" in unit.read_text()
-        return
-    done = subprocess.run([analyse, "verify", unit], capture_output=True, text=True, check=False)
-    assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (
-        0,
-        [],
-    )

@@ -46,9 +46,9 @@ def prepared(kind: str, folder: Path) -> Iterator[Server]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["zeo", "postgresql"])
+@pytest.fixture(params=["zeo", "file", "postgresql"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    """A ZEO server, then a PostgreSQL server, neither of which is started yet."""
+    """A ZEO server, that of a file, and a PostgreSQL server; none is started yet."""
     yield from prepared(request.param, tmp_path)
 
 

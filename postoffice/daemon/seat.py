@@ -38,6 +38,7 @@ class Process:
     :ivar signs: where it gives signs of life.
     :ivar deadline: when it is killed if it has not ended, monotonic; ``None``: it is to go on.
     :ivar killed: whether it was.
+    :ivar cause: what it said last that it suffers from; ``""``: nothing.
     """
 
     part: Part
@@ -45,6 +46,7 @@ class Process:
     signs: SignReader
     deadline: float | None = None
     killed: bool = False
+    cause: str = ""
 
     def end(self, seconds: float) -> None:
         """Tell it to finish what is in hand, within so many seconds."""
@@ -117,22 +119,21 @@ class Seat:
 
     # -- signs -------------------------------------------------------------------------------------
 
-    def heed(self) -> bool:
-        """Take in the signs that have come; return whether the state is another one by them."""
-        changed = False
-        if self.process is None:
-            return False
-        for sign in self.process.signs.read():
+    def heed(self) -> None:
+        """Take in the signs that have come."""
+        process = self.process
+        if process is None:
+            return
+        for sign in process.signs.read():
             self._last_sign = time.monotonic()
             if sign.well is None:
                 continue
             state = RUNNING if sign.well else FAILING
-            changed = changed or state != self._state or sign.cause not in ("", self._cause)
+            process.cause = sign.cause
             self._cause = sign.cause or self._cause
             if state == RUNNING:
                 self._recover()
             self._enter(state)
-        return changed
 
     def _recover(self) -> None:
         if self._deaths == 1 and not self._told_recovery:
@@ -164,10 +165,10 @@ class Seat:
 
         :param end: how, for a person.
         """
-        said = [sign.cause for sign in process.signs.read() if sign.cause]
+        self.heed()
         process.signs.close()
         self.process = None
-        self.put_off(f"{end}: {said[-1]}" if said else end)
+        self.put_off(f"{end}: {process.cause}" if process.cause else end)
 
     def put_off(self, cause: str) -> None:
         """Have a process started later, since it cannot be now."""

@@ -44,7 +44,7 @@ class SpoolMissing(TemporaryError):
     """The Maildir, which was there, is not."""
 
 
-class _Stopped(Exception):
+class _Stopped(TemporaryError):
     """The import was told to end."""
 
 
@@ -64,7 +64,7 @@ class SpoolPart:
         self._health = health
         self._office: PostOffice | None = None
         self._importer: Importer | None = None
-        self._stopping = False
+        self._stopping = self._opening = False
         self._delay = _FIRST_DELAY
         self._turn = _FIRST_TURN
         self._cause = ""
@@ -89,6 +89,9 @@ class SpoolPart:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
+        if self._opening:
+            # Nothing is in hand, and a database that is away may be waited for long.
+            raise _Stopped
 
     def _follow(self, seconds: float, watch: Watch, stop: int) -> None:
         """Wait until the next attempt is due; only while all is well, new mail makes it so."""
@@ -108,8 +111,6 @@ class SpoolPart:
         except MaildirBusy as error:
             # Somebody imports by hand, or our predecessor has something in hand.
             log.debug("%s", error)
-            if not self._cause:
-                self._health.well()
             self._turn, turn = min(2 * self._turn, _LONGEST_TURN), self._turn
             return turn
         except SpoolMissing as error:
@@ -132,17 +133,28 @@ class SpoolPart:
             if not os.path.isdir(os.path.join(self._maildir, name)):
                 # One that was made in its place would be in the way of its return.
                 raise SpoolMissing(f"there is no {os.path.join(self._maildir, name)}")
+        importer = self._opened()
+        if not self._cause:
+            self._health.well()
         maildir = Maildir(Path(self._maildir))
         try:
-            if self._importer is None:
-                self._office = self._open_post_office()
-                self._importer = self._office.open_importer()
-            self._importer.run(maildir, self._progress)
+            importer.run(maildir, between=self._go_on)
             self._expire_histories()
         finally:
             maildir.close()
 
-    def _progress(self, done: int, total: int) -> None:
+    def _opened(self) -> Importer:
+        if self._importer is None:
+            self._opening = True
+            try:
+                self._go_on()
+                self._office = self._open_post_office()
+                self._importer = self._office.open_importer()
+            finally:
+                self._opening = False
+        return self._importer
+
+    def _go_on(self) -> None:
         self._health.alive()
         if self._stopping:
             raise _Stopped

@@ -72,14 +72,16 @@ class Importer:
         maildir: Maildir,
         progress: Callable[[int, int], None] | None = None,
         retry: Callable[[Failure], bool] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Import all that waits now, and expire the archive.
 
         :param maildir: that of the configuration.
-        :param progress: is called with how many messages are done, and how many there are; what it
-            raises ends the run between two transactions.
+        :param progress: is called with how many messages are done, and how many there are.
         :param retry: says which of the messages that were set aside are tried again; by default
             those that another version or configuration set aside.
+        :param between: is called between two transactions; a
+            :exc:`~postoffice.exceptions.PostofficeError` that it raises ends the run.
         :raises postoffice.exceptions.DepotUnavailable: the database failed; the rest waits in the
             Maildir.
         :raises OSError: the Maildir or the archive failed; likewise.
@@ -96,7 +98,7 @@ class Importer:
                 reader,
                 self._fingerprint,
             )
-            outcome = run.run(retry or self._is_of_another_time, progress)
+            outcome = run.run(retry or self._is_of_another_time, progress, between)
             if settings.archive_keep is not None and archive.keeps:
                 for day in archive.expire(settings.archive_keep, time.time()):
                     log.info("archive of %s has expired", day)

@@ -33,7 +33,7 @@ from typing import Any
 
 from transaction.interfaces import TransientError
 from ZODB.blob import Blob
-from ZODB.POSException import POSError
+from ZODB.POSException import ConflictError, POSError
 
 from postoffice.delivery import Intake, Prepared, Result
 from postoffice.depot.durability import sync_folder
@@ -72,6 +72,8 @@ _BATCH_BYTES = 8 << 20
 # Batches that are read, or wait to be read, while one is stored.
 _AHEAD = 3
 _ATTEMPTS = 20
+# What is restarted is back by then.
+_AWAY_SECONDS = 10.0
 _LOCK = ".postoffice.lock"
 # A copy, where the archive is on another file system, fails with these as reading did.
 _UNMOVABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO})
@@ -218,19 +220,24 @@ class MaildirImport:
         self._clock = clock
         self._paths: dict[str, str] = {}
         self._set_aside_names: set[str] = set()
+        self._between: Callable[[], None]
 
     def run(
         self,
         retry: Callable[[Failure], bool],
         progress: Callable[[int, int], None] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Import all that waits.
 
         :param retry: says which of the messages that were set aside are to be tried again.
         :param progress: is called with how many are done, and how many there are.
+        :param between: is called between two transactions; a
+            :exc:`~postoffice.exceptions.PostofficeError` that it raises ends the run.
         :raises DepotUnavailable: the database failed; what was not imported waits in the spool.
         :raises OSError: the spool or the archive failed; likewise.
         """
+        self._between = between
         # Forked now, the reader does not share the memory of the list of files.
         self._reader.start()
         self._recover()
@@ -249,6 +256,7 @@ class MaildirImport:
             batch = submitted.popleft()
             self._import(batch, self._reader.collect())
             done += len(batch)
+            between()
             if progress is not None:
                 progress(done, total)
         self._clear_journal()
@@ -505,6 +513,7 @@ class MaildirImport:
         :param committed: tells, in a new transaction, whether the work is done already.
         """
         attempt = 0
+        since = time.monotonic()
         while True:
             try:
                 self._begin()
@@ -517,8 +526,10 @@ class MaildirImport:
             except TransientError as error:
                 give_up(self._manager, self._intake)
                 attempt += 1
-                if attempt == _ATTEMPTS:
+                away = not isinstance(error, ConflictError)
+                if attempt == _ATTEMPTS or (away and time.monotonic() - since > _AWAY_SECONDS):
                     raise DepotUnavailable(f"the database refuses: {one_line(error)}") from error
+                self._between()
                 time.sleep(random.uniform(0.5, 1) * min(0.01 * 2**attempt, 2))  # noqa: S311  # no secret
             except (POSError, OSError) as error:
                 give_up(self._manager, self._intake)

@@ -136,6 +136,9 @@ def serve_storage(uri: str, place: UnixPlace, ready: Callable[[], None] = lambda
 
 
 def _stop(number: int, frame: object) -> None:
+    # A second signal must not cut off the closing.
+    for one in _STOPS:
+        signal.signal(one, signal.SIG_IGN)
     raise _Stopped
 
 
@@ -319,6 +322,14 @@ class _ServedFile(FileStorage):  # type: ignore[misc]  # ZODB has no types
             last[record.oid] = at
             at += record.recordlen()
         return header.tid if last and all(index.get(oid) == last[oid] for oid in last) else 0
+
+    def lastInvalidations(self, count: int) -> list[tuple[bytes, list[bytes]]]:
+        """Return what a server begins with: the last transaction, without what it changed.
+
+        A client that has seen it keeps what it has.  To read what the last ones changed takes
+        seconds where they were large.
+        """
+        return [(self.lastTransaction(), [])]
 
     def storeBlob(
         self, oid: bytes, old: bytes, data: bytes, file: str, version: str, transaction: Any

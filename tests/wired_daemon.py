@@ -125,19 +125,13 @@ class WiredDaemon:
 
     def lay_out(self, *names: str) -> None:
         """Make the trees of applications, by a process of the user."""
-        code = (
-            "import sys; import pytest
-
-from tests.application import lay_out; lay_out(sys.argv[1], sys.argv[2:])"
-        )
+        code = "import sys; from tests.application import *; lay_out(sys.argv[1], sys.argv[2:])"
         self._run("-c", code, self.uri, *names)
 
     def taken(self) -> dict[str, list[float]]:
         """Return when each message was taken, as :func:`tests.application.taken` does."""
         code = (
-            "import json, sys; import pytest
-
-from tests.application import taken; "
+            "import json, sys; from tests.application import taken; "
             "json.dump(taken(sys.argv[1]), sys.stdout)"
         )
         found: dict[str, list[float]] = json.loads(self._run("-c", code, self.uri))

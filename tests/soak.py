@@ -64,14 +64,15 @@ class Summary:
     :ivar sent: how many messages Postfix took.
     :ivar lost: subjects that no application got.
     :ivar doubled: subjects that an application got more than once.
-    :ivar calm: seconds from ``250`` to the application that keeps up, while nothing was hit.
+    :ivar calm: seconds from ``250`` to the application that keeps up, while nothing was hit, by the
+        way that messages went.
     :ivar rough: the same of all messages to it.
     """
 
     sent: int
     lost: list[str]
     doubled: list[str]
-    calm: list[float]
+    calm: dict[str, list[float]]
     rough: list[float]
     samples: list[Sample]
 
@@ -79,7 +80,8 @@ class Summary:
         """Yield what is told of it."""
         lost, doubled = self.lost or "none", self.doubled or "none"
         yield f"{self.sent} messages; lost: {lost}; doubled: {doubled}"
-        for name, found in (("undisturbed", self.calm), ("all", self.rough)):
+        groups = {f"undisturbed, by {way}": found for way, found in self.calm.items()}
+        for name, found in {**groups, "all": self.rough}.items():
             if len(found) > 1:
                 last = quantiles(found, n=100)[98]
                 yield (
@@ -175,8 +177,9 @@ class Soak:
             due = self._began + number / self.rate
             time.sleep(max(0.0, due - time.monotonic()))
             queue = QUEUES[number % 2]
-            address = f"{queue}@{DOMAINS[number // 2 % 2]}"
-            subject = f"{queue} {number:06}"
+            domain = DOMAINS[number // 2 % 2]
+            address = f"{queue}@{domain}"
+            subject = f"{queue} {domain} {number:06}"
             try:
                 self._wired.postfix.send("ann@example.org", [address], mail(subject, To=address))
             except (smtplib.SMTPException, OSError):
@@ -277,13 +280,14 @@ class Soak:
 
     def _summary(self) -> Summary:
         taken = self._wired.taken()
-        rough, calm = [], []
+        rough: list[float] = []
+        calm: dict[str, list[float]] = {domain: [] for domain in DOMAINS}
         for subject, sent in self._sent.items():
             if subject.startswith(_FAST) and subject in taken:
                 late = taken[subject][0] - sent
                 rough.append(late)
                 if not any(began - _SAMPLE_SECONDS <= sent <= over for began, over in self._blows):
-                    calm.append(late)
+                    calm[subject.split()[1]].append(late)
         return Summary(
             len(self._sent),
             sorted(self._sent.keys() - taken.keys()),

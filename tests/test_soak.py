@@ -11,7 +11,7 @@ from tests.soak import Soak
 
 @pytest.mark.torture
 def test_ten_minutes() -> None:
-    """Nothing is lost or doubled, whatever is hit, and memory and descriptors stay what they are."""
+    """Nothing is lost or doubled, whatever is hit; memory and descriptors stay what they are."""
     said: list[str] = []
     summary = Soak(600.0, 10.0, said.append).run()
     said += summary.lines()

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,28 @@ def taken(uri: str) -> dict[str, list[float]]:
 class Application:
     """A running application."""
 
-    def __init__(self, uri: str, queue: str, name: str, said: Path, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        queue: str,
+        name: str,
+        said: Path,
+        seconds: float = 0.0,
+        python: Sequence[str] = (sys.executable,),
+        **process: Any,
+    ) -> None:
         """Start it.
 
         :param name: of its tree.
         :param said: the file to which its standard error is appended.
         :param seconds: how long a message takes it.
+        :param python: the words of the command that runs Python.
+        :param process: how :class:`subprocess.Popen` starts it: ``user`` and the like.
         """
         words = ["-m", "tests.application", uri, queue, name, str(seconds)]
         with open(said, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *words], stdout=output, stderr=output, cwd=_ROOT
+                [*python, *words], stdout=output, stderr=output, cwd=_ROOT, **process
             )
 
     def stop(self) -> int:

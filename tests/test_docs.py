@@ -713,3 +713,16 @@ def test_commands_are_there_with_their_options(place: str, words: list[str]) -> 
             break
         at, words = own, words[1:]
     at.make_context(at.name, words)
+
+
+def test_every_event_of_the_daemon_is_listed() -> None:
+    """The page on operating has each event that the daemon logs, and no others."""
+    found = set()
+    for path in (ROOT / "postoffice" / "daemon").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log."):
+                texts = [one.value for one in node.args if isinstance(one, ast.Constant)]
+                event = re.match(r"(?:%s|serve|lmtp|spool) ([a-z-]+)", str(texts[0]))
+                if event is not None and event[1] != "fails":
+                    found.add(event[1])
+    assert found == set(terms("operating", "events"))

@@ -1,0 +1,28 @@
+"""Postfix's own queue: its messages as Python values, looked up and acted upon."""
+
+from __future__ import annotations
+
+from postoffice.postfix.errors import (
+    OutputCut,
+    PostfixDown,
+    PostfixError,
+    PostfixMissing,
+    PostfixRefused,
+    PostfixSilent,
+)
+from postoffice.postfix.headers import MailHeaders
+from postoffice.postfix.mail import Mail, Recipient
+from postoffice.postfix.settings import PostfixSettings
+
+__all__ = [
+    "Mail",
+    "MailHeaders",
+    "OutputCut",
+    "PostfixDown",
+    "PostfixError",
+    "PostfixMissing",
+    "PostfixRefused",
+    "PostfixSettings",
+    "PostfixSilent",
+    "Recipient",
+]

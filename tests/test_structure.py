@@ -67,7 +67,7 @@ NARROWED = {
     "claims": {"depot"},
     "database": {"display", "exceptions", "database_uri", "relational", "zeo_client"},
     "relational": {"display", "exceptions"},
-    "postfix": {"exceptions"},
+    "postfix": {"display", "exceptions"},
     "zeo_client": set(),
     "workers": {"display", "exceptions"},
 }

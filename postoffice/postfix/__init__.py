@@ -13,6 +13,7 @@ from postoffice.postfix.errors import (
 from postoffice.postfix.headers import MailHeaders
 from postoffice.postfix.mail import Mail, Recipient
 from postoffice.postfix.settings import PostfixSettings
+from postoffice.postfix.store import PostqueueStore
 
 __all__ = [
     "Mail",
@@ -24,5 +25,6 @@ __all__ = [
     "PostfixRefused",
     "PostfixSettings",
     "PostfixSilent",
+    "PostqueueStore",
     "Recipient",
 ]

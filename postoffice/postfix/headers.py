@@ -12,8 +12,9 @@ class MailHeaders(Mapping[str, list[str]]):
 
     A field is an attribute of its own name, with its own case: ``head.From``, ``head.Received``,
     ``getattr(head, "Reply-To")``; and an item, ``head["From"]``.  Both know only what the message
-    has.  A value is what the message holds: encoded words stay encoded, and of a folded value only
-    the line breaks are gone (RFC 5322 section 2.2.3).  Bytes that are no UTF-8 become U+FFFD.
+    has.  A value is what the message holds: encoded words stay encoded, and a folded value has its
+    line breaks.  Bytes that are no UTF-8 become U+FFFD.  To look for a text, :meth:`get_all` is
+    better: it knows no case of names, and no folding.
 
     Nothing that a message names its fields can hide an attribute that every Python object has, or
     a method of a mapping: such a field is an item only.
@@ -44,19 +45,22 @@ class MailHeaders(Mapping[str, list[str]]):
                     parts.append(bare)
                 continue
             if parts is not None:
-                fields.setdefault(name, []).append("".join(parts))
+                fields.setdefault(name, []).append("\n".join(parts))
             name, colon, value = bare.partition(":")
             name = name.rstrip(" \t")
             parts = [value.lstrip(" \t")] if colon and name else None
         if parts is not None:
-            fields.setdefault(name, []).append("".join(parts))
+            fields.setdefault(name, []).append("\n".join(parts))
         return cls(fields)
 
     def get_all(self, name: str) -> list[str]:
-        """Return the values of all fields of this name in any case; none make an empty list."""
+        """Return the values of all fields of this name, in any case of letters; maybe none.
+
+        They are unfolded (RFC 5322 section 2.2.3): the line breaks are gone, all else stays.
+        """
         sought = name.lower()
         return [
-            value
+            value.replace("\n", "")
             for field, values in self._fields.items()
             if field.lower() == sought
             for value in values

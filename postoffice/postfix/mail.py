@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+from postoffice.display import printable
 from postoffice.postfix.errors import PostfixError
 from postoffice.postfix.headers import MailHeaders
 from postoffice.postfix.program import failure, run
 from postoffice.postfix.settings import PostfixSettings
 
-__all__ = ["Mail", "Recipient", "is_queue_id"]
+__all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
+
+_DEFAULT = PostfixSettings()
 
 # Wider than what any Postfix makes, and nothing that a command could take for an option or a path.
 _QUEUE_ID = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
@@ -41,6 +44,11 @@ class Recipient(str):
         self.reason = reason
         self.state = "deferred" if reason else "pending"
         return self
+
+
+def distinct_reasons(recipients: Iterable[Recipient]) -> list[str]:
+    """Return the reasons of these recipients, each once, in their order."""
+    return list(dict.fromkeys(one.reason for one in recipients if one.reason))
 
 
 class Mail:
@@ -102,12 +110,23 @@ class Mail:
         self.sender = sender
         self.status = status
         self.recipients = list(recipients)
-        self.errors = list(dict.fromkeys(one.reason for one in self.recipients if one.reason))
+        self.errors = distinct_reasons(self.recipients)
         self.forced_expire = forced_expire
         self.head = MailHeaders()
         self.parsed = False
         self.parse_error = ""
-        self.settings = PostfixSettings() if settings is None else settings
+        self.settings = _DEFAULT if settings is None else settings
+
+    def __getattr__(self, name: str) -> list[str]:
+        # Only for names that are nothing of ours; copies and pickles ask before there is a head.
+        head = self.__dict__.get("head")
+        if head is None or name.startswith("_"):
+            raise AttributeError(name)
+        values: list[str] = getattr(head, name)
+        return values
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.qid} {self.status} from {self.sender!r}>"
 
     @property
     def postcat_cmd(self) -> list[str]:
@@ -138,3 +157,48 @@ class Mail:
         self.head = MailHeaders.from_bytes(block)
         self.parsed = True
         self.parse_error = ""
+
+    def dump(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of it: ``postqueue`` from the queue, ``headers`` from itself.
+
+        ``headers`` holds a list of values by name, and is empty until the message was parsed.  The
+        values are those of the attributes: a ``datetime`` is among them.
+        """
+        return {
+            "postqueue": {
+                "qid": self.qid,
+                "status": self.status,
+                "size": self.size,
+                "date": self.date,
+                "sender": self.sender,
+                "recipients": list(self.recipients),
+                "errors": list(self.errors),
+                "forced_expire": self.forced_expire,
+                "parsed": self.parsed,
+                "parse_error": self.parse_error,
+            },
+            "headers": {name: list(values) for name, values in self.head.items()},
+        }
+
+    def show(self) -> str:
+        """Return its description for a terminal: what the queue tells, then its header fields.
+
+        What is not printable is written as an escape, and a folded field in one line.
+        """
+        facts = [
+            ("Queue ID", self.qid),
+            ("Status", f"{self.status}, expired by force" if self.forced_expire else self.status),
+            ("Arrived", "" if self.date is None else f"{self.date:%Y-%m-%d %H:%M:%S}"),
+            ("Size", f"{self.size} bytes"),
+            ("Sender", self.sender or "<>"),
+        ]
+        for one in self.recipients:
+            facts.append(("Recipient", f"{one} ({one.reason})" if one.reason else one))
+        if self.parse_error:
+            facts.append(("Not parsed", self.parse_error))
+        lines = [f"{name + ':':<11} {value}" for name, value in facts if value]
+        if self.parsed:
+            lines.append("")
+            for name, values in self.head.items():
+                lines += [f"{name}: {value.replace(chr(10), '')}" for value in values]
+        return "\n".join(map(printable, lines))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import selectors
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import IO, cast
 
 from postoffice.postfix.errors import (
+    OutputCut,
     PostfixDown,
     PostfixError,
     PostfixMissing,
@@ -18,7 +19,11 @@ from postoffice.postfix.errors import (
     PostfixSilent,
 )
 
-__all__ = ["Ending", "Output", "Program", "failure", "run"]
+__all__ = ["LONGEST_LINE", "Ending", "Output", "Program", "failure", "run"]
+
+#: Bytes; a message with 400,000 recipients has a line as long in a listing.
+LONGEST_LINE = 64 << 20
+_Pipes = tuple[IO[bytes], IO[bytes]]
 
 _CHUNK = 1 << 18
 #: As much of what a command says of its troubles is kept.
@@ -67,7 +72,10 @@ class Output:
 
 
 class Program:
-    """A command that runs; leaving the context ends it, whatever it is at."""
+    """A command that runs; leaving the context ends it, whatever it is at.
+
+    :ivar exhausted: whether all of its output was read.
+    """
 
     def __init__(self, words: Sequence[str], timeout: float, given: bytes = b"") -> None:
         """Start it.
@@ -83,6 +91,7 @@ class Program:
         self._timeout = timeout
         self._given = memoryview(given)
         self._said = bytearray()
+        self.exhausted = False
         folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
         path = os.pathsep.join([*folders, *(name for name in _SBIN if name not in folders)])
         try:
@@ -131,14 +140,15 @@ class Program:
 
         :raises PostfixSilent: it neither said nor took anything for too long.
         """
-        process = self._process
-        assert process.stdout is not None and process.stderr is not None
+        stdin = self._process.stdin
+        # Both are pipes, so they are there.
+        stdout, stderr = cast("_Pipes", (self._process.stdout, self._process.stderr))
         with selectors.DefaultSelector() as waiting:
-            waiting.register(process.stdout, selectors.EVENT_READ)
-            waiting.register(process.stderr, selectors.EVENT_READ)
-            if process.stdin is not None:
-                os.set_blocking(process.stdin.fileno(), False)
-                waiting.register(process.stdin, selectors.EVENT_WRITE)
+            waiting.register(stdout, selectors.EVENT_READ)
+            waiting.register(stderr, selectors.EVENT_READ)
+            if stdin is not None:
+                os.set_blocking(stdin.fileno(), False)
+                waiting.register(stdin, selectors.EVENT_WRITE)
             while waiting.get_map():
                 ready = waiting.select(self._timeout)
                 if not ready:
@@ -147,24 +157,24 @@ class Program:
                         " see Postfix's log"
                     )
                 for key, _ in ready:
-                    if key.fileobj is process.stdin:
-                        if not self._give():
-                            waiting.unregister(process.stdin)
-                            process.stdin.close()
+                    if stdin is not None and key.fileobj is stdin:
+                        if not self._give(key.fd):
+                            waiting.unregister(stdin)
+                            stdin.close()
                         continue
                     chunk = os.read(key.fd, _CHUNK)
                     if not chunk:
                         waiting.unregister(key.fileobj)
-                    elif key.fileobj is process.stdout:
+                    elif key.fileobj is stdout:
                         yield chunk
                     else:
                         self._said += chunk[: _SAID - len(self._said)]
+        self.exhausted = True
 
-    def _give(self) -> bool:
-        """Write some of what it is given; say whether there is more to give."""
-        assert self._process.stdin is not None
+    def _give(self, pipe: int) -> bool:
+        """Write some of what it is given; return whether there is more to give."""
         try:
-            written = os.write(self._process.stdin.fileno(), self._given[:_CHUNK])
+            written = os.write(pipe, self._given[:_CHUNK])
         except BlockingIOError:
             return True
         except BrokenPipeError:
@@ -176,15 +186,21 @@ class Program:
         """Yield the lines of its standard output, without their ends; the last may lack its end.
 
         :raises PostfixSilent: it neither said nor took anything for too long.
+        :raises OutputCut: a line is longer than :data:`LONGEST_LINE`.
         """
         pending: list[bytes] = []
+        length = 0
         for chunk in self.chunks():
             first, *others = chunk.split(b"\n")
             pending.append(first)
+            length += len(first)
+            if length > LONGEST_LINE:
+                raise OutputCut("the listing has a line longer than any of Postfix's")
             if others:
                 yield b"".join(pending)
                 yield from others[:-1]
                 pending = [others[-1]]
+                length = len(others[-1])
         rest = b"".join(pending)
         if rest:
             yield rest
@@ -194,9 +210,8 @@ class Program:
 
         :raises PostfixSilent: it closed its outputs and goes on.
         """
-        deadline = time.monotonic() + self._timeout
         try:
-            status = self._process.wait(max(0.0, deadline - time.monotonic()))
+            status = self._process.wait(self._timeout)
         except subprocess.TimeoutExpired as error:
             raise PostfixSilent(
                 f"{self._words[0]} did not end within {self._timeout:g} s; see Postfix's log"
@@ -254,6 +269,5 @@ def _fault(said: str) -> str:
 
 
 def _no_command(name: str, said: str = "") -> str:
-    return (
-        f"{said or f'there is no command {name}'}; install Postfix, or name its command in [postfix]"
-    )
+    what = said or f"there is no command {name}"
+    return f"{what}; install Postfix, or name its command in [postfix]"

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["PostfixSettings", "Role"]
+__all__ = ["SPOOL_PATH", "PostfixSettings", "Role"]
+
+#: Where Postfix keeps its queue unless its ``main.cf`` says otherwise.
+SPOOL_PATH = "/var/spool/postfix"
 
 #: What a command is for: the names of the settings, and of pymailq's, that hold one.
 Role = Literal["list_queue", "cat_message", "control"]
@@ -30,7 +33,7 @@ class PostfixSettings:
     list_queue: tuple[str, ...] = ("postqueue",)
     cat_message: tuple[str, ...] = ("postcat",)
     control: tuple[str, ...] = ("postsuper",)
-    spool_path: str = "/var/spool/postfix"
+    spool_path: str = SPOOL_PATH
     config_directory: str | None = None
     sudo: tuple[str, ...] = ()
     timeout: float = 60.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from postoffice.postfix.directories import CORRUPT, scan
@@ -27,10 +27,11 @@ __all__ = ["QueueFile", "read_envelopes", "read_files", "read_queue_files"]
 _BATCH = 1000
 #: As much of a message's header is kept.
 _MOST_HEADER = 1 << 20
+#: As much of a file that is shown without its body may come before lines are looked at one by one.
+_UNWATCHED = 1 << 16
 # A record, or one of the marks between the parts of a file; each with its place in the file.
-_RECORD = re.compile(
-    rb" *([0-9]{1,18}) (?:([a-z_]+): (.*)|(\*\*\* [A-Z ]{1,20}) .* \*\*\*)", re.DOTALL
-)
+_RECORD = re.compile(rb" *([0-9]{1,18}) (?:([a-z_]+): (.*)|(\*\*\* [A-Z ]{1,20}) .* \*\*\*)")
+_RECORDS = re.compile(rb"^%b$" % _RECORD.pattern, re.MULTILINE)
 _START = b"*** ENVELOPE RECORDS "
 _CONTENTS = b"*** MESSAGE CONTENTS"
 _EXTRACTED = b"*** HEADER EXTRACTED"
@@ -42,6 +43,11 @@ _UNTERMINATED_LINE = re.compile(rb" *[0-9]+ unterminated_text: ")
 _BLANK_LINE = re.compile(rb" *[0-9]+ regular_text: ")
 # The recipients that a queue file has ever had.
 _RECIPIENTS = frozenset({b"recipient", b"done_recipient", b"canceled_recipient"})
+_TOLD = _TEXT | _RECIPIENTS | {b"sender", b"message_arrival_time", b"message_size", _CONTENTS}
+# Those whose length is not that of what postcat shows.
+_ODD = frozenset({b"create_time", b"message_arrival_time", b"pointer_record"})
+# The longest record behind message_arrival_time: seconds and microseconds.
+_TIMES = 34
 # The record behind create_time: ten digits, which postcat shows as a date.
 _CREATE_TIME = len(b"create_time=") + 10
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
@@ -132,7 +138,7 @@ def _read(settings: PostfixSettings, names: Sequence[str], options: str) -> list
     failures = 0
     while waiting:
         words = settings.command("cat_message", options, *waiting)
-        output = _Output(waiting)
+        output = _Output(waiting, 0 if "b" in options else _UNWATCHED)
         with Program(words, settings.timeout) as program:
             for line in program.lines():
                 output.take(line)
@@ -178,20 +184,22 @@ def _there(settings: PostfixSettings) -> Container[str] | None:
         return None
 
 
-@dataclass(slots=True)
 class _Part:
     """What postcat wrote of one file.
 
     :ivar path: the path by which postcat calls it, in the spool or absolute.
     :ivar lines: its lines, those of the message's body left out.
-    :ivar left: bytes of header that are still taken.
-    :ivar in_body: whether the header has ended.
+    :ivar is_long: whether lines of the header were left out too.
     """
 
-    path: bytes
-    lines: list[bytes] = field(default_factory=list)
-    left: int = _MOST_HEADER
-    in_body: bool = False
+    def __init__(self, path: bytes, unwatched: int) -> None:
+        """Take lines, `unwatched` bytes of them without looking for the end of the header."""
+        self.path = path
+        self.lines: list[bytes] = []
+        self.is_long = False
+        self._unwatched = unwatched
+        self._left = _MOST_HEADER
+        self._in_body = False
 
     @property
     def has_ended(self) -> bool:
@@ -201,13 +209,16 @@ class _Part:
 
     def take(self, line: bytes) -> None:
         """Take the next line."""
-        if _TEXT_LINE.match(line):
-            if self.in_body or self.left <= 0:
+        if self._unwatched > 0:
+            self._unwatched -= len(line)
+        elif _TEXT_LINE.match(line):
+            if self._in_body or self.is_long:
                 return
-            self.in_body = bool(_BLANK_LINE.fullmatch(line)) and not (
-                _UNTERMINATED_LINE.match(self.lines[-1]) if self.lines else False
+            self._in_body = bool(_BLANK_LINE.fullmatch(line)) and not (
+                self.lines and _UNTERMINATED_LINE.match(self.lines[-1])
             )
-            self.left -= len(line)
+            self._left -= len(line)
+            self.is_long = self._left < 0
         self.lines.append(line)
 
 
@@ -218,8 +229,9 @@ class _Output:
     :ivar foreseen: whether a message holds the line with which another one's part begins.
     """
 
-    def __init__(self, asked: Sequence[str]) -> None:
+    def __init__(self, asked: Sequence[str], unwatched: int) -> None:
         self.parts: list[_Part] = []
+        self._unwatched = unwatched
         self.foreseen = False
         self._asked = [name.encode() for name in asked]
         self._known = frozenset(self._asked)
@@ -237,7 +249,7 @@ class _Output:
             place = len(self.parts)
             begins = place == 0 or self.parts[-1].has_ended
             if begins and place < len(self._asked) and self._asked[place] in names:
-                self.parts.append(_Part(path))
+                self.parts.append(_Part(path, self._unwatched))
                 return
             if not self._known.isdisjoint(names):
                 self.foreseen = True
@@ -248,11 +260,12 @@ class _Output:
 def _file(name: str, part: _Part) -> QueueFile:
     """Return what a file tells."""
     facts = _Facts()
-    chained = _chained(part.lines)
+    chained = _plainly_chained(part.lines) or _chained(part.lines)
     for label, value in _unchained(part.lines) if chained is None else chained:
-        facts.take(label, value)
+        if label in _TOLD:
+            facts.take(label, value)
     fault = ""
-    if part.left <= 0:
+    if part.is_long:
         fault = _TOO_LONG
     if chained is None or not facts.has_all_recipients:
         fault = _DOUBT
@@ -275,6 +288,31 @@ def _unchained(lines: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
         record = _RECORD.match(line)
         if record:
             yield record[4] or record[2], record[3] or b""
+
+
+def _plainly_chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
+    """Return what :func:`_chained` does, faster, of a file without oddities; else ``None``."""
+    found = _RECORDS.findall(b"\n".join(lines))
+    if len(found) != len(lines):
+        return None
+    records: list[tuple[bytes, bytes]] = []
+    low = high = 0
+    for number, label, value, mark in found:
+        place = int(number)
+        if not low <= place <= high and mark != _EXTRACTED:
+            return None
+        if label in _ODD:
+            if label == b"create_time":
+                low = high = place + 2 + _CREATE_TIME
+            elif label == b"message_arrival_time" and len(records) == 1:
+                low, high = place + 3, place + _TIMES
+            else:
+                return None
+        else:
+            length = len(value)
+            low = high = place + 2 + length if length < 128 else _end(place, length)
+        records.append((label or mark, value))
+    return records if records and records[-1][0] == _END else None
 
 
 def _chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
@@ -305,7 +343,7 @@ def _chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
                 if label == b"message_arrival_time" and not has_arrived:
                     # It is shown as a date; it is seconds and microseconds.
                     has_arrived = True
-                    low, high = place + 3, place + 34
+                    low, high = place + 3, place + _TIMES
                     continue
                 if label == b"create_time":
                     length = _CREATE_TIME

@@ -19,6 +19,8 @@ _DEFAULT = PostfixSettings()
 
 # Wider than what any Postfix makes, and nothing that a command could take for an option or a path.
 _QUEUE_ID = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
+# A break and what indents the line below it (RFC 5322 section 2.2.3).
+_FOLD = re.compile(r"\n[ \t]*")
 
 
 def is_queue_id(text: str) -> bool:
@@ -200,5 +202,5 @@ class Mail:
         if self.parsed:
             lines.append("")
             for name, values in self.head.items():
-                lines += [f"{name}: {value.replace(chr(10), '')}" for value in values]
+                lines += [f"{name}: {_FOLD.sub(' ', value)}" for value in values]
         return "\n".join(map(printable, lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from postoffice.postfix.control import Outcome, QueueControl
 from postoffice.postfix.errors import (
     OutputCut,
     PostfixDown,
@@ -12,12 +13,17 @@ from postoffice.postfix.errors import (
 )
 from postoffice.postfix.headers import MailHeaders
 from postoffice.postfix.mail import Mail, Recipient
+from postoffice.postfix.selector import Lookup, MailSelector
 from postoffice.postfix.settings import PostfixSettings
+from postoffice.postfix.spool import Spool
 from postoffice.postfix.store import PostqueueStore
 
 __all__ = [
+    "Lookup",
     "Mail",
     "MailHeaders",
+    "MailSelector",
+    "Outcome",
     "OutputCut",
     "PostfixDown",
     "PostfixError",
@@ -26,5 +32,7 @@ __all__ = [
     "PostfixSettings",
     "PostfixSilent",
     "PostqueueStore",
+    "QueueControl",
     "Recipient",
+    "Spool",
 ]

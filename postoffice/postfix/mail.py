@@ -10,22 +10,16 @@ from typing import Any
 from postoffice.display import printable
 from postoffice.postfix.errors import PostfixError
 from postoffice.postfix.headers import MailHeaders
+from postoffice.postfix.ids import is_queue_id
 from postoffice.postfix.program import failure, run
 from postoffice.postfix.settings import PostfixSettings
 
-__all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
+__all__ = ["Mail", "Recipient", "distinct_reasons"]
 
 _DEFAULT = PostfixSettings()
 
-# Wider than what any Postfix makes, and nothing that a command could take for an option or a path.
-_QUEUE_ID = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
 # A break and what indents the line below it (RFC 5322 section 2.2.3).
 _FOLD = re.compile(r"\n[ \t]*")
-
-
-def is_queue_id(text: str) -> bool:
-    """Return whether a command of Postfix may be given this text as the id of a message."""
-    return _QUEUE_ID.fullmatch(text) is not None and text != "ALL"
 
 
 class Recipient(str):

@@ -15,7 +15,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from postoffice.postfix.errors import OutputCut
-from postoffice.postfix.mail import Recipient, is_queue_id
+from postoffice.postfix.ids import is_queue_id
+from postoffice.postfix.mail import Recipient
 
 __all__ = ["Listed", "latest", "read_json", "read_listing", "read_text"]
 
@@ -36,7 +37,7 @@ _MAXIMUM = (1 << 63) - 1
 
 # No two neighbours in it can match the same character, so it never tries anything twice.
 _ENTRY = re.compile(
-    r"([A-Za-z0-9]{1,64})([*!#]{0,2}) +([0-9]{1,18}) +"
+    r"([A-Za-z0-9]{5,64})([*!#]{0,2}) +([0-9]{1,18}) +"
     r"([A-Z][a-z]{2}) +([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) ([^\n]*)"
 )
 _HEADING = re.compile(r"-+Queue ID-+ ")

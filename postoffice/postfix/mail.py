@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,9 @@ from postoffice.postfix.settings import PostfixSettings
 __all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
 
 _DEFAULT = PostfixSettings()
+
+# A break and what indents the line below it (RFC 5322 section 2.2.3).
+_FOLD = re.compile(r"\n[ \t]*")
 
 
 class Recipient(str):
@@ -192,5 +196,5 @@ class Mail:
         if self.parsed:
             lines.append("")
             for name, values in self.head.items():
-                lines += [f"{name}: {value.replace(chr(10), '')}" for value in values]
+                lines += [f"{name}: {_FOLD.sub(' ', value)}" for value in values]
         return "\n".join(map(printable, lines))

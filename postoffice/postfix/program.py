@@ -6,6 +6,7 @@ import os
 import selectors
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, cast
@@ -31,6 +32,8 @@ _SAID = 1 << 16
 # Where Postfix's commands are; an ordinary user's PATH has no sbin.
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
 _GRACE = 2.0
+# The status of env(1) and of a shell.
+_NO_COMMAND = 127
 _REFUSALS = (
     "permission denied",
     "operation not permitted",
@@ -126,14 +129,14 @@ class Program:
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-        if process.poll() is None:
-            process.terminate()
-            try:
+        for end in (process.terminate, process.kill):
+            if process.poll() is not None:
+                return
+            # Under sudo it is not ours to end: its next write ends it, now that nobody reads.
+            with suppress(PermissionError):
+                end()
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
-            except subprocess.TimeoutExpired:
-                # Under sudo neither signal reaches it; a closed pipe ends it at its next write.
-                process.kill()
-                process.wait()
 
     def chunks(self) -> Iterator[bytes]:
         """Yield what it writes to standard output, as it comes; then it has closed both outputs.
@@ -245,7 +248,7 @@ def failure(words: Sequence[str], status: int, said: str) -> PostfixError:
     name = words[0]
     what = _fault(said)
     lowered = said.lower()
-    if "command not found" in lowered:
+    if status == _NO_COMMAND or "command not found" in lowered:
         return PostfixMissing(_no_command(next(iter(words[1:]), name), what))
     if any(refusal in lowered for refusal in _REFUSALS):
         return PostfixRefused(
@@ -253,7 +256,9 @@ def failure(words: Sequence[str], status: int, said: str) -> PostfixError:
             " authorized_mailq_users and alternate_config_directories in main.cf"
         )
     if "mail system is down" in lowered:
-        return PostfixDown(f"{what}: start it (postfix start), or ask as root")
+        return PostfixDown(
+            f"{what}; the mail system is down: start it (postfix start), or ask as root"
+        )
     ended = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return PostfixError(f"{name} {ended}: {what or 'it said nothing; see the log of Postfix'}")
 

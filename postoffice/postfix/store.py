@@ -113,13 +113,11 @@ class PostqueueStore:
         :raises PostfixError: the command failed for another reason, in its own words.
         """
         load = getattr(self, f"_load_from_{method or 'default'}", None)
-        if load is None:
-            known = sorted(
-                name.removeprefix("_load_from_")
-                for name in dir(self)
-                if name.startswith("_load_from_") and name != "_load_from_default"
+        if load is None or (method == "spool" and filename is not None):
+            raise ValueError(
+                f"nothing loads {'the queue' if filename is None else 'a file'} by the method"
+                f" {method!r}; there are json, postqueue, and spool without a file"
             )
-            raise ValueError(f"no method {method!r} to load by; there are: {', '.join(known)}")
         before = self.mails, self.notice
         self.notice = ""
         try:

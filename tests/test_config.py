@@ -128,6 +128,8 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     options = ["archive =", "archive_keep =", "reject_filters =", "    header_regexp:"]
     options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
     options += ["lmtp =", "lmtp_mode =", "lmtp_group =", "unrouted =", "deliver_timeout ="]
+    options += ["[postfix]", "list_queue =", "cat_message =", "control =", "spool_path ="]
+    options += ["timeout ="]
     for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
@@ -136,6 +138,7 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     text = text.replace("lmtp_group = postfix", f"lmtp_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
+    assert settings.postfix == config.PostfixSettings()
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2

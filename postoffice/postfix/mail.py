@@ -132,7 +132,7 @@ class Mail:
     def parse(self) -> None:
         """Read the header fields, by the command in :attr:`postcat_cmd`.
 
-        Raises nothing: what went wrong is in :attr:`parse_error`.  For many messages
+        Raises nothing: what went wrong is in ``parse_error``.  For many messages
         :meth:`PostqueueStore.load` with ``parse=True`` needs far fewer processes.
         """
         if not is_queue_id(self.qid):

@@ -31,6 +31,7 @@ from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
 from postoffice.loops import LoopRule
+from postoffice.postfix import PostfixSettings
 
 SAMPLE = Path(__file__).resolve().parent.parent / "etc" / "postoffice.ini.sample"
 URI = "zodb_uri = file://%(here)s/Data.fs?blobstorage_dir=%(here)s/blobs"
@@ -138,7 +139,7 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     text = text.replace("lmtp_group = postfix", f"lmtp_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
-    assert settings.postfix == config.PostfixSettings()
+    assert settings.postfix == PostfixSettings()
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2

@@ -138,6 +138,30 @@ def test_json_and_postqueue_agree(postfix: Postfix) -> None:
     assert [store._is_mail_id(qid) for qid in by_json] == [True] * 8
 
 
+def test_spool_agrees_but_for_reasons(postfix: Postfix) -> None:
+    """The queue directories give the messages that the listing gives, without errors."""
+
+    def without_reasons() -> dict[str, tuple[object, ...]]:
+        return {
+            mail.qid: (
+                *(mail.size, mail.date, mail.sender, mail.status, mail.forced_expire),
+                sorted(map(str, mail.recipients)),
+            )
+            for mail in store.mails
+        }
+
+    settings = PostfixSettings(
+        config_directory=str(postfix.configuration), spool_path=str(postfix.queue_directory)
+    )
+    store = PostqueueStore(settings)
+    store.load("json")
+    by_json = without_reasons()
+    store.load("spool", parse=True)
+    assert without_reasons() == by_json
+    assert {mail.parsed for mail in store.mails} == {True}
+    assert not any(mail.errors for mail in store.mails)
+
+
 def test_what_is_told_of_messages(postfix: Postfix) -> None:
     """Addresses, states, sizes and reasons are those that were sent and given."""
     store = store_of(postfix)

@@ -38,7 +38,7 @@ _MAXIMUM = (1 << 63) - 1
 # No two neighbours in it can match the same character, so it never tries anything twice.
 _ENTRY = re.compile(
     r"([A-Za-z0-9]{5,64})([*!#]{0,2}) +([0-9]{1,18}) +"
-    r"([A-Z][a-z]{2}) +([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) ([^\n]*)"
+    r"([A-Z][a-z]{2} +[A-Z][a-z]{2} +[0-9]{1,2}) ([0-9]{2}:[0-9]{2}:[0-9]{2}) ([^\n]*)"
 )
 _HEADING = re.compile(r"-+Queue ID-+ ")
 _SUMMARY = re.compile(r"-- [0-9]+ Kbytes in [0-9]+ Requests?\.")
@@ -228,13 +228,13 @@ def _reason(text: str) -> str:
 
 
 def _from_text(found: re.Match[str], dates: _Dates, number: int) -> Listed:
-    qid, marks, size, weekday, month, day, hour, minute, second, sender = found.groups()
+    qid, marks, size, day, clock, sender = found.groups()
     sender = sender.lstrip(" ")
+    if clock.endswith(":60"):
+        # A leap second, which is the one before it to us.
+        clock = clock[:-2] + "59"
     try:
-        arrived = dates.day(weekday, month, day)
-        # A leap second is the one before it to us.
-        clock = time(int(hour), int(minute), min(int(second), 59))
-        when = datetime.combine(arrived, clock)
+        when = datetime.combine(dates.day(day), time.fromisoformat(clock))
     except ValueError as error:
         raise OutputCut(
             f"line {number} of the listing has no date of Postfix's; list the queue again"
@@ -258,17 +258,17 @@ class _Dates:
             self._last = (now + timedelta(days=1)).date()
         except OverflowError:
             self._last = now.date()
-        self._known: dict[tuple[str, str, str], date] = {}
+        self._known: dict[str, date] = {}
 
-    def day(self, weekday: str, month: str, day: str) -> date:
+    def day(self, printed: str) -> date:
         """Return the newest such day that is not in the future.
 
+        :param printed: the days of the week and the month, as ``Sat Nov 21``.
         :raises ValueError: there is no such day.
         """
-        key = (weekday, month, day)
-        found = self._known.get(key)
+        found = self._known.get(printed)
         if found is None:
-            found = self._known[key] = self._find(weekday, month, day)
+            found = self._known[printed] = self._find(*printed.split())
         return found
 
     def _find(self, weekday: str, month: str, day: str) -> date:

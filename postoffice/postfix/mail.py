@@ -17,6 +17,7 @@ from postoffice.postfix.settings import PostfixSettings
 __all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
 
 _DEFAULT = PostfixSettings()
+_UNREAD = MailHeaders()
 
 # A break and what indents the line below it (RFC 5322 section 2.2.3).
 _FOLD = re.compile(r"\n[ \t]*")
@@ -26,25 +27,29 @@ class Recipient(str):
     """A recipient's address, which is what it is as a string, and what became of it up to now.
 
     :ivar reason: why the last attempt to deliver to it failed; empty where none has.
-    :ivar state: ``deferred`` where an attempt has failed, otherwise ``pending``.
     """
 
-    __slots__ = ("reason", "state")
+    __slots__ = ("reason",)
 
     reason: str
-    state: str
 
     def __new__(cls, address: str, reason: str = "") -> Recipient:
         """Make one of its address and the reason of its delay."""
-        self = super().__new__(cls, address)
+        self = str.__new__(cls, address)
         self.reason = reason
-        self.state = "deferred" if reason else "pending"
         return self
+
+    @property
+    def state(self) -> str:
+        """``deferred`` where an attempt to deliver to it has failed, otherwise ``pending``."""
+        return "deferred" if self.reason else "pending"
 
 
 def distinct_reasons(recipients: Iterable[Recipient]) -> list[str]:
     """Return the reasons of these recipients, each once, in their order."""
-    return list(dict.fromkeys(one.reason for one in recipients if one.reason))
+    reasons = {one.reason: None for one in recipients}
+    reasons.pop("", None)
+    return list(reasons)
 
 
 class Mail:
@@ -76,10 +81,11 @@ class Mail:
     errors: list[str]
     status: str
     forced_expire: bool
-    head: MailHeaders
-    parsed: bool
-    parse_error: str
-    settings: PostfixSettings
+    # Of most messages these are never asked, and a queue may have a million.
+    head: MailHeaders = _UNREAD
+    parsed: bool = False
+    parse_error: str = ""
+    settings: PostfixSettings = _DEFAULT
 
     def __init__(
         self,
@@ -108,17 +114,12 @@ class Mail:
         self.recipients = list(recipients)
         self.errors = distinct_reasons(self.recipients)
         self.forced_expire = forced_expire
-        self.head = MailHeaders()
-        self.parsed = False
-        self.parse_error = ""
-        self.settings = _DEFAULT if settings is None else settings
+        if settings is not None:
+            self.settings = settings
 
     def __getattr__(self, name: str) -> list[str]:
-        # Only for names that are nothing of ours; copies and pickles ask before there is a head.
-        head = self.__dict__.get("head")
-        if head is None or name.startswith("_"):
-            raise AttributeError(name)
-        values: list[str] = getattr(head, name)
+        # Only for names that are nothing of ours.
+        values: list[str] = getattr(self.head, name)
         return values
 
     def __repr__(self) -> str:
@@ -132,7 +133,7 @@ class Mail:
     def parse(self) -> None:
         """Read the header fields, by the command in :attr:`postcat_cmd`.
 
-        Raises nothing: what went wrong is in :attr:`parse_error`.  For many messages
+        Raises nothing: what went wrong is in ``parse_error``.  For many messages
         :meth:`PostqueueStore.load` with ``parse=True`` needs far fewer processes.
         """
         if not is_queue_id(self.qid):

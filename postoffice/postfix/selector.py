@@ -138,7 +138,7 @@ class MailSelector(Sequence[Mail]):
     ) -> MailSelector:
         """Select the messages that arrived at `start` or later, and at `stop` or earlier.
 
-        Both are local time and naive, as :attr:`Mail.date` is.
+        Both are local time and naive, as ``Mail.date`` is.
         """
         return self._narrow(
             "date",

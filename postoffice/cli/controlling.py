@@ -83,7 +83,7 @@ def mailq_release_command(invocation: Invocation, /, **given: Any) -> int:
 def mailq_requeue_command(invocation: Invocation, /, **given: Any) -> int:
     """Have messages go through Postfix anew, with what its configuration is now.
 
-    They get other ids by that.
+    They get other ids by that, within a minute.
     """
     return _act(_REQUEUE, invocation, **given)
 

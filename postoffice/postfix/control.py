@@ -22,6 +22,7 @@ _DONE = re.compile(
     r"(?:placed on hold|released from hold|requeued|removed|expired)$",
     re.MULTILINE,
 )
+_LOG_FILE = "fatal: open logfile"
 _NO_SUCH_OPTION = re.compile(r"invalid option|illegal option|usage: postsuper")
 
 
@@ -77,7 +78,7 @@ class QueueControl:
     def requeue(self, mails: Iterable[Mail]) -> Outcome:
         """Have these messages go through Postfix anew, with what its configuration is now.
 
-        A message gets another id by that.
+        A message gets another id by that, within a minute.
         """
         return self._act("-r", mails)
 
@@ -134,8 +135,15 @@ class QueueControl:
                 "delete them, or wait"
             )
         error = failure(words, output.status, output.said)
+        if _LOG_FILE in output.said:
+            # With maillog_file, only a Postfix that runs can write the log for its commands.
+            error = PostfixError(
+                "postsuper cannot write Postfix's log (maillog_file) while Postfix is stopped; "
+                "start it"
+            )
         if done:
-            error = type(error)(f"{error}; {len(done)} messages were done before")
+            were = "message was" if len(done) == 1 else "messages were"
+            error = type(error)(f"{error}; {len(done)} {were} done before")
         raise error
 
 

@@ -31,6 +31,7 @@ from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
 from postoffice.loops import LoopRule
+from postoffice.postfix import PostfixSettings
 
 SAMPLE = Path(__file__).resolve().parent.parent / "etc" / "postoffice.ini.sample"
 URI = "zodb_uri = file://%(here)s/Data.fs?blobstorage_dir=%(here)s/blobs"
@@ -128,6 +129,8 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     options = ["archive =", "archive_keep =", "reject_filters =", "    header_regexp:"]
     options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
     options += ["lmtp =", "lmtp_mode =", "lmtp_group =", "unrouted =", "deliver_timeout ="]
+    options += ["[postfix]", "list_queue =", "cat_message =", "control =", "spool_path ="]
+    options += ["timeout ="]
     for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
@@ -136,6 +139,7 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     text = text.replace("lmtp_group = postfix", f"lmtp_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
+    assert settings.postfix == PostfixSettings()
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2

@@ -23,20 +23,25 @@ from postoffice.config import listening, values
 from postoffice.config.database_uri import check_uri
 from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
 from postoffice.config.listening import DEFAULT_MODE, TCPPlace, UnixPlace
+from postoffice.config.postfix import POSTFIX_OPTIONS, postfix_settings
 from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
 from postoffice.depot.policy import Policy
 from postoffice.loops import LoopRule
+from postoffice.postfix.settings import PostfixSettings
 from postoffice.routing import Routing
 
 __all__ = [
     "IN_MAILDIR",
+    "POSTFIX_OPTIONS",
     "ArchivePlace",
+    "PostfixSettings",
     "Settings",
     "TCPPlace",
     "UnixPlace",
     "find",
     "load",
+    "load_postfix",
     "set_up_logging",
 ]
 
@@ -101,6 +106,7 @@ class Settings:
     :ivar rejects_unrouted: whether mail that comes by LMTP or by ``postoffice deliver``, and that
         no queue takes, is refused, so that the mail server tells its sender; else it is discarded.
     :ivar deliver_timeout: seconds after which ``postoffice deliver`` gives up, temporarily.
+    :ivar postfix: how Postfix's own queue is reached.
     :ivar has_logging: whether the file configures logging; see :func:`set_up_logging`.
     :ivar warnings: what is allowed and yet hardly meant, a line each.
     :ivar fingerprint: SHA-256, in hex, of all that decides what becomes of a message, the contents
@@ -120,6 +126,7 @@ class Settings:
     lmtp: UnixPlace | TCPPlace | None
     rejects_unrouted: bool
     deliver_timeout: float
+    postfix: PostfixSettings
     has_logging: bool
     warnings: tuple[str, ...]
     fingerprint: str
@@ -173,6 +180,14 @@ def load(path: str | os.PathLike[str]) -> Settings:
     """
     file = ConfigFile(Path(os.path.abspath(path)))
     return _Reader(file).settings()
+
+
+def load_postfix(path: str | os.PathLike[str]) -> PostfixSettings:
+    """Read how Postfix's own queue is reached, and nothing else of the file.
+
+    :raises postoffice.exceptions.ConfigurationError: that section, or the file, cannot be used.
+    """
+    return postfix_settings(ConfigFile(Path(os.path.abspath(path))))
 
 
 def set_up_logging(settings: Settings) -> bool:
@@ -264,6 +279,7 @@ class _Reader:
             deliver_timeout=self._converted(
                 "deliver_timeout", values.deliver_timeout, DEFAULT_DELIVER_TIMEOUT
             ),
+            postfix=postfix_settings(file),
             has_logging=file.parser.has_section("loggers"),
             warnings=tuple(file.warnings),
             fingerprint=file.fingerprint,

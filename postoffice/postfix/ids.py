@@ -7,7 +7,7 @@ import re
 __all__ = ["is_queue_id"]
 
 # Wider than what any Postfix makes, and nothing that a command could take for an option or a path.
-_QUEUE_ID = re.compile(r"[A-Za-z0-9]{5,64}", re.ASCII)
+_QUEUE_ID = re.compile(r"[A-Za-z0-9]{1,64}", re.ASCII)
 
 
 def is_queue_id(text: str) -> bool:
@@ -15,4 +15,4 @@ def is_queue_id(text: str) -> bool:
 
     ``ALL``, which ``postsuper`` takes for every message, is none.
     """
-    return _QUEUE_ID.fullmatch(text) is not None
+    return _QUEUE_ID.fullmatch(text) is not None and text != "ALL"

@@ -14,7 +14,7 @@ from postoffice.postfix.ids import is_queue_id
 from postoffice.postfix.program import failure, run
 from postoffice.postfix.settings import PostfixSettings
 
-__all__ = ["Mail", "Recipient", "distinct_reasons"]
+__all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
 
 _DEFAULT = PostfixSettings()
 _UNREAD = MailHeaders()

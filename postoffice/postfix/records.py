@@ -302,7 +302,7 @@ def _plainly_chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None
         if not low <= place <= high and mark != _EXTRACTED:
             return None
         if label in _ODD:
-            if label == b"create_time":
+            if label == b"create_time" and len(records) == 2:
                 low = high = place + 2 + _CREATE_TIME
             elif label == b"message_arrival_time" and len(records) == 1:
                 low, high = place + 3, place + _TIMES
@@ -318,46 +318,62 @@ def _plainly_chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None
 def _chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
     """Return the records, each at the place where the one before it ends.
 
-    ``None`` if that does not work out.
+    ``None`` if that does not work out, or may have been made to: where a line that is taken for
+    text has the place that it would have as a record.
     """
     records: list[tuple[bytes, bytes]] = []
     label = b""
-    place = length = 0
-    low = high = 0
+    place = low = high = length = 0
     values: list[bytes] = []
-    has_arrived = has_contents = False
+    is_fixed = has_sender = has_contents = has_pointer = has_lookalike = False
+    nearest = None
     for line in lines:
         record = _RECORD.match(line)
-        if record:
-            claimed = int(record[1])
-            if low <= claimed <= high or (
-                # What is not shown of the contents is skipped.
-                record[4] == _EXTRACTED and has_contents and claimed >= low
-            ):
-                if label:
-                    records.append((label, b"\n".join(values)))
-                place = claimed
-                label = record[4] or record[2]
-                value = record[3] or b""
-                values, length = [value], len(value)
-                if label == b"message_arrival_time" and not has_arrived:
-                    # It is shown as a date; it is seconds and microseconds.
-                    has_arrived = True
-                    low, high = place + 3, place + _TIMES
-                    continue
-                if label == b"create_time":
-                    length = _CREATE_TIME
-                elif label == b"pointer_record" and value.strip(b" 0").isdigit():
+        claimed = int(record[1]) if record else -1
+        if record and (
+            low <= claimed <= high
+            # What is not shown of the contents is skipped.
+            or (record[4] == _EXTRACTED and has_contents and claimed >= low)
+        ):
+            if nearest is not None and nearest < low:
+                return None
+            if label:
+                records.append((label, b"\n".join(values)))
+            nearest = None
+            place = claimed
+            label = record[4] or record[2]
+            value = record[3] or b""
+            values, length = [value], len(value)
+            low = high = _end(place, length)
+            # The lengths of these are not those of what is shown; for one of a message itself, or
+            # of its sender, a forger would be free to choose a place.
+            is_fixed = True
+            if label == b"message_arrival_time" and len(records) == 1:
+                low, high = place + 3, place + _TIMES
+            elif label == b"create_time" and not has_sender:
+                low = high = _end(place, _CREATE_TIME)
+            elif label == b"pointer_record":
+                has_pointer = True
+                if value.strip(b" 0").isdigit():
                     low = high = int(value)
-                    continue
-                elif label == _CONTENTS:
-                    has_contents = True
-                low = high = _end(place, length)
-                continue
+            else:
+                is_fixed = False
+                has_sender = has_sender or label == b"sender"
+                has_contents = has_contents or label == _CONTENTS
+            continue
+        if is_fixed or not label:
+            return None
+        if record:
+            has_lookalike = True
+            if claimed > place and (nearest is None or claimed < nearest):
+                nearest = claimed
         values.append(line)
         length += 1 + len(line)
         low = high = _end(place, length)
-    return records if label == _END and len(values) == 1 else None
+    if label != _END or len(values) != 1 or (has_pointer and has_lookalike):
+        return None
+    records.append((label, b""))
+    return records
 
 
 def _end(place: int, length: int) -> int:

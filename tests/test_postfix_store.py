@@ -196,6 +196,14 @@ def test_what_is_told_of_messages(postfix: Postfix) -> None:
         assert 300 < mail.size < 1000
 
 
+def test_commands_are_found_without_sbin(postfix: Postfix, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postfix's commands are found where an ordinary user's PATH does not lead."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    store = store_of(postfix)
+    store.load(parse=True)
+    assert len(store.mails) == 8
+
+
 def test_headers_are_read_with_the_queue(postfix: Postfix) -> None:
     """Loading with parse gives every message its header fields, by their own names."""
     store = store_of(postfix)
@@ -324,6 +332,15 @@ def test_old_postfix_has_no_json(tmp_path: Path) -> None:
     assert len(store.mails) == 8
     with pytest.raises(PostfixError, match=re.escape("came with Postfix 3.1")):
         store.load("json")
+
+
+@pytest.mark.parametrize("command", ["mailq", "postqueue -p"])
+def test_command_that_is_not_postqueue(tmp_path: Path, command: str) -> None:
+    """A command that does not take postqueue's options is told, with what would be right."""
+    said = f"echo '{command.split()[0]}: fatal: usage: {command} [options]' >&2; exit 75"
+    settings = PostfixSettings(list_queue=program(tmp_path, said))
+    with pytest.raises(PostfixError, match="list_queue names postqueue, without options"):
+        PostqueueStore(settings).load()
 
 
 @pytest.mark.parametrize(

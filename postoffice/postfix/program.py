@@ -26,7 +26,8 @@ __all__ = ["LONGEST_LINE", "Ending", "Output", "Program", "failure", "run"]
 LONGEST_LINE = 64 << 20
 _Pipes = tuple[IO[bytes], IO[bytes]]
 
-_CHUNK = 1 << 18
+# What a pipe holds.
+_CHUNK = 1 << 16
 #: As much of what a command says of its troubles is kept.
 _SAID = 1 << 16
 # Where Postfix's commands are; an ordinary user's PATH has no sbin.

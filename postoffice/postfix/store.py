@@ -187,10 +187,15 @@ class PostqueueStore:
     def _judge(self, words: list[str], ending: Ending) -> None:
         """Raise what the end of a listing means; note a Postfix that does not run."""
         if ending.status:
-            if "-j" in words and _NO_SUCH_OPTION.search(ending.said):
-                raise _NoJson(
-                    f"{words[0]} has no option -j, which came with Postfix 3.1;"
-                    " load by the method 'postqueue'"
+            if _NO_SUCH_OPTION.search(ending.said):
+                if words[-1] == "-j":
+                    raise _NoJson(
+                        f"{words[0]} has no option -j, which came with Postfix 3.1;"
+                        " load by the method 'postqueue'"
+                    )
+                raise PostfixError(
+                    f"{' '.join(words)} is no way to list the queue;"
+                    " list_queue names postqueue, without options"
                 )
             raise failure(words, ending.status, ending.said)
         if _READ_DIRECTLY in ending.said.lower():

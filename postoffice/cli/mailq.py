@@ -6,6 +6,9 @@ Commands that change the queue are in :mod:`postoffice.cli.controlling`.
 from __future__ import annotations
 
 import importlib
+import shutil
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -54,6 +57,10 @@ _COLUMNS = (
     Column("recipients", share=2),
     Column("reason", share=3),
 )
+
+# In fewer columns, an address would be cut behind some letters.
+_WIDE = 120
+_REASONS = 5
 
 # The ages of qshape, in minutes: each is where a column ends.
 _AGES = tuple(5 << power for power in range(9))
@@ -132,9 +139,22 @@ def mailq_list_command(
 
 
 def print_mails(mails: Sequence[Mail], store: PostqueueStore) -> None:
-    """Print a table of these messages."""
+    """Print a table of these messages.
+
+    A terminal that has no room for reasons gets the most frequent of them below.
+    """
     now = store.loaded_at
-    print_table(_COLUMNS, [_row(mail, now) for mail in mails])
+    rows = [_row(mail, now) for mail in mails]
+    if not sys.stdout.isatty() or shutil.get_terminal_size().columns >= _WIDE:
+        print_table(_COLUMNS, rows)
+        return
+    print_table(_COLUMNS[:-1], [row[:-1] for row in rows])
+    reasons = Counter(row[-1] for row in rows if row[-1])
+    if reasons:
+        print_table(
+            (Column("messages", right=True), Column("reason", share=1)),
+            [[str(number), reason] for reason, number in reasons.most_common(_REASONS)],
+        )
 
 
 def _row(mail: Mail, now: datetime | None) -> list[str]:

@@ -9,7 +9,7 @@ DEVELOPMENT := $(VENV)/development.stamp
 
 DEMO := demo/run.py
 BENCHMARKS := benchmarks/import.py benchmarks/consume.py benchmarks/bodies.py \
-    benchmarks/concurrency.py benchmarks/growth.py benchmarks/lmtp.py
+    benchmarks/concurrency.py benchmarks/growth.py benchmarks/lmtp.py benchmarks/mailq.py
 DOCS := build/docs
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ docs: $(DEVELOPMENT) ## build the documents and run their examples
 torture: $(DEVELOPMENT) ## run the tests that take long: sweeps of kills, soaks
 	$(BIN)/python -m pytest -m torture
 
-bench: $(BENCH) ## measure importing, consuming and LMTP
+bench: $(BENCH) ## measure importing, consuming, LMTP and Postfix's queue
 	set -e; for script in $(BENCHMARKS); do $(BIN)/python $$script; done
 
 clean: ## remove the environment and everything built or cached

@@ -31,6 +31,7 @@ from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
 from postoffice.loops import LoopRule
+from postoffice.postfix import PostfixSettings
 
 SAMPLE = Path(__file__).resolve().parent.parent / "etc" / "postoffice.ini.sample"
 URI = "zodb_uri = file://%(here)s/Data.fs?blobstorage_dir=%(here)s/blobs"
@@ -129,6 +130,8 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
     options += ["lmtp =", "lmtp_mode =", "lmtp_group =", "unrouted =", "deliver_timeout ="]
     options += ["zeo_listen =", "zeo_mode =", "zeo_group ="]
+    options += ["[postfix]", "list_queue =", "cat_message =", "control =", "spool_path ="]
+    options += ["timeout ="]
     for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
@@ -138,6 +141,7 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     text = text.replace("zeo_group = postoffice", f"zeo_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
+    assert settings.postfix == PostfixSettings()
     assert settings.archive == folder.path / "archive"
     assert settings.archive_keep == 90 * 86400
     assert len(settings.routing.reject_filters) == 2

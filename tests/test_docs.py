@@ -565,7 +565,7 @@ def test_logging_is_set_up_as_shown(tmp_path: Path) -> None:
 def test_each_option_has_its_entry() -> None:
     """The options that the reference has are those that postoffice knows."""
     found = re.findall(r"^\.\. confval:: (\w+)$", page_text("configuration"), re.MULTILINE)
-    assert found == [*config.MAIN_OPTIONS, *QUEUE_OPTIONS]
+    assert found == [*config.MAIN_OPTIONS, *QUEUE_OPTIONS, *config.POSTFIX_OPTIONS]
 
 
 def test_each_filter_has_its_entry() -> None:

@@ -73,7 +73,7 @@ NARROWED = {
     },
     "storage_socket": {"display", "exceptions"},
     "relational": {"display", "exceptions"},
-    "postfix": {"exceptions"},
+    "postfix": {"display", "exceptions"},
     "zeo_client": set(),
     "workers": {"display", "exceptions"},
 }

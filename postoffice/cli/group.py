@@ -29,6 +29,7 @@ _MODULES = {
     "check": "checking",
     "init": "layout",
     "queues": "queues",
+    "mailq": "mailq",
     "messages": "messages",
     "show": "messages",
     "requeue": "quarantine",

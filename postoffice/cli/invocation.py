@@ -20,6 +20,7 @@ from postoffice.display import one_line, printable
 if TYPE_CHECKING:
     from postoffice.api import PostOffice
     from postoffice.config import Settings
+    from postoffice.postfix.settings import PostfixSettings
 
 __all__ = ["Invocation", "pass_invocation", "shared_options"]
 
@@ -109,6 +110,16 @@ class Invocation:
                 2,
             )
         return config.load(path)
+
+    def postfix_settings(self) -> PostfixSettings:
+        """Read how Postfix's own queue is reached; without a file, as a distribution has it.
+
+        :raises postoffice.exceptions.ConfigurationError: the file cannot be used for that.
+        """
+        from postoffice import config
+
+        path = self.config or config.find(sys.argv[0])
+        return config.PostfixSettings() if path is None else config.load_postfix(path)
 
     @contextmanager
     def post_office(self) -> Iterator[PostOffice]:

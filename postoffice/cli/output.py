@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import click
 
@@ -28,6 +28,7 @@ __all__ = [
     "print_table",
     "say",
     "size",
+    "time_span",
 ]
 
 _KILO = 1024
@@ -153,7 +154,12 @@ def local_time(nanoseconds: int) -> str:
 
 def age(nanoseconds: int, now: int) -> str:
     """Return how long ago a time was, in one unit."""
-    seconds = max(0, (now - nanoseconds) // 1_000_000_000)
+    return time_span(timedelta(microseconds=(now - nanoseconds) // 1000))
+
+
+def time_span(span: timedelta) -> str:
+    """Return a length of time, in one unit; one that is negative is none."""
+    seconds = max(0, int(span.total_seconds()))
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"

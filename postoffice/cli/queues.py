@@ -9,6 +9,9 @@ import click
 
 from postoffice.cli.invocation import Invocation, pass_invocation, shared_options
 from postoffice.cli.output import Column, age, iso_time, print_json, print_table, say
+from postoffice.cli.stages import print_stages, stages_before
+from postoffice.display import one_line
+from postoffice.exceptions import PostofficeError
 
 if TYPE_CHECKING:
     from postoffice.api import QueueStatus
@@ -29,24 +32,64 @@ _COLUMNS = (
 @click.group(
     "queues", invoke_without_command=True, short_help="List the queues, or remove one of them."
 )
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Above them, what is in Postfix's queue and in the Maildir.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared_options
 @click.pass_context
-def queues_command(ctx: click.Context, as_json: bool) -> None:
+def queues_command(ctx: click.Context, everything: bool, as_json: bool) -> None:
     """List the queues: how many messages wait, and how many are in quarantine.
 
     Of those that wait, consumers hold some, and some are deferred, to come again when they are due.
     Oldest is how long ago the message arrived that is at the head of the queue.
+
+    With --all, what has not reached the depot stands above them.  What of that cannot be had is a
+    line there, and does not change how the command ends.
     """
     if ctx.invoked_subcommand is not None:
         return
-    with ctx.ensure_object(Invocation).existing_depot() as post_office:
-        found = post_office.queues()
+    invocation = ctx.ensure_object(Invocation)
+    if everything:
+        _print_everything(invocation, as_json)
+        return
+    found = _queues(invocation)
     if as_json:
         print_json([_as_json(one) for one in found])
-        return
+    else:
+        _print_queues(found)
+
+
+def _queues(invocation: Invocation) -> list[QueueStatus]:
+    with invocation.existing_depot() as post_office:
+        return post_office.queues()
+
+
+def _print_queues(found: list[QueueStatus]) -> None:
     now = time.time_ns()
     print_table(_COLUMNS, [_row(one, now) for one in found])
+
+
+def _print_everything(invocation: Invocation, as_json: bool) -> None:
+    """Print what is on its way, then the queues; a depot that fails ends the command as ever."""
+    settings = invocation.settings()
+    stages = stages_before(settings)
+    if not as_json:
+        print_stages(stages)
+        found = _queues(invocation)
+        say("")
+        _print_queues(found)
+        return
+    facts: dict[str, object] = {one.name: one.as_json() for one in stages}
+    try:
+        found = _queues(invocation)
+    except (PostofficeError, OSError) as error:
+        print_json({**facts, "queues": None, "fault": one_line(error)})
+        raise
+    print_json({**facts, "queues": [_as_json(one) for one in found], "fault": None})
 
 
 def _as_json(one: QueueStatus) -> dict[str, object]:

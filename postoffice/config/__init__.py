@@ -23,22 +23,27 @@ from postoffice.config import listening, values
 from postoffice.config.database_uri import check_uri
 from postoffice.config.file import CONTROLS, MAIN_SECTION, ConfigFile
 from postoffice.config.listening import DEFAULT_MODE, TCPPlace, UnixPlace
+from postoffice.config.postfix import POSTFIX_OPTIONS, postfix_settings
 from postoffice.config.rules import RuleReader
 from postoffice.config.values import Fault
 from postoffice.database_uri import database_file
 from postoffice.depot.policy import Policy
 from postoffice.loops import LoopRule
+from postoffice.postfix.settings import PostfixSettings
 from postoffice.routing import Routing
 from postoffice.storage_socket import name_beside
 
 __all__ = [
     "IN_MAILDIR",
+    "POSTFIX_OPTIONS",
     "ArchivePlace",
+    "PostfixSettings",
     "Settings",
     "TCPPlace",
     "UnixPlace",
     "find",
     "load",
+    "load_postfix",
     "set_up_logging",
 ]
 
@@ -108,6 +113,7 @@ class Settings:
     :ivar rejects_unrouted: whether mail that comes by LMTP or by ``postoffice deliver``, and that
         no queue takes, is refused, so that the mail server tells its sender; else it is discarded.
     :ivar deliver_timeout: seconds after which ``postoffice deliver`` gives up, temporarily.
+    :ivar postfix: how Postfix's own queue is reached.
     :ivar has_logging: whether the file configures logging; see :func:`set_up_logging`.
     :ivar warnings: what is allowed and yet hardly meant, a line each.
     :ivar fingerprint: SHA-256, in hex, of all that decides what becomes of a message, the contents
@@ -128,6 +134,7 @@ class Settings:
     zeo_listen: UnixPlace | None
     rejects_unrouted: bool
     deliver_timeout: float
+    postfix: PostfixSettings
     has_logging: bool
     warnings: tuple[str, ...]
     fingerprint: str
@@ -181,6 +188,14 @@ def load(path: str | os.PathLike[str]) -> Settings:
     """
     file = ConfigFile(Path(os.path.abspath(path)))
     return _Reader(file).settings()
+
+
+def load_postfix(path: str | os.PathLike[str]) -> PostfixSettings:
+    """Read how Postfix's own queue is reached, and nothing else of the file.
+
+    :raises postoffice.exceptions.ConfigurationError: that section, or the file, cannot be used.
+    """
+    return postfix_settings(ConfigFile(Path(os.path.abspath(path))))
 
 
 def set_up_logging(settings: Settings) -> bool:
@@ -274,6 +289,7 @@ class _Reader:
             deliver_timeout=self._converted(
                 "deliver_timeout", values.deliver_timeout, DEFAULT_DELIVER_TIMEOUT
             ),
+            postfix=postfix_settings(file),
             has_logging=file.parser.has_section("loggers"),
             warnings=tuple(file.warnings),
             fingerprint=file.fingerprint,

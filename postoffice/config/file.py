@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 from postoffice.config.values import Fault
 from postoffice.exceptions import ConfigurationError
 
-__all__ = ["CONTROLS", "MAIN_SECTION", "QUEUE_PREFIX", "ConfigFile", "nearest"]
+__all__ = ["CONTROLS", "MAIN_SECTION", "POSTFIX_SECTION", "QUEUE_PREFIX", "ConfigFile", "nearest"]
 
 MAIN_SECTION = "post office"
 QUEUE_PREFIX = "queue:"
+POSTFIX_SECTION = "postfix"
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PERCENT = re.compile(r"%%|%\(([^()]*)\)s|%")
@@ -175,7 +176,8 @@ class ConfigFile:
         for name in list(defaults):
             defaults[name.lower()] = defaults.pop(name)
         for section in self.parser.sections():
-            if section != MAIN_SECTION and not section.startswith(QUEUE_PREFIX):
+            ours = (MAIN_SECTION, POSTFIX_SECTION)
+            if section not in ours and not section.startswith(QUEUE_PREFIX):
                 continue
             for name in self.options(section):
                 if name == name.lower():

@@ -62,6 +62,7 @@ __all__ = [
     "identity",
     "make_maildir",
     "unique",
+    "waiting_files",
 ]
 
 log = logging.getLogger("postoffice")
@@ -155,25 +156,32 @@ class Maildir:
         os.close(self._lock)
 
     def files(self) -> list[tuple[int, int, str]]:
-        """Return arrival, size and place (``new/NAME``) of what waits, in order of arrival.
+        """Return arrival, size and place (``new/NAME``) of what waits, in order of arrival."""
+        return waiting_files(self.path)
 
-        Files only: dot files, folders, links, FIFOs and what vanishes meanwhile are passed over.
-        """
-        found = []
-        for folder in ("new", "cur"):
-            with os.scandir(self.path / folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
+
+def waiting_files(path: Path) -> list[tuple[int, int, str]]:
+    """Return arrival, size and place (``new/NAME``) of what waits, in order of arrival.
+
+    Files only: dot files, folders, links, FIFOs and what vanishes meanwhile are passed over.
+
+    :raises OSError: the Maildir cannot be read.
+    """
+    found = []
+    for folder in ("new", "cur"):
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    if not entry.is_file(follow_symlinks=False):
                         continue
-                    try:
-                        if not entry.is_file(follow_symlinks=False):
-                            continue
-                        status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    found.append((status.st_mtime_ns, status.st_size, f"{folder}/{entry.name}"))
-        found.sort()
-        return found
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                found.append((status.st_mtime_ns, status.st_size, f"{folder}/{entry.name}"))
+    found.sort()
+    return found
 
 
 class _Vanished(Exception):

@@ -34,6 +34,7 @@ from postoffice.storage_server import save_index
 from postoffice.storage_socket import Presence, look
 from postoffice.zeo_client import client_of
 from tests.file_server import FileServer
+from tests.sites import Site, mail
 
 LONGEST = 30.0
 
@@ -687,3 +688,43 @@ def _pack(database: DB) -> None:
     # Its server goes away.
     with contextlib.suppress(DepotUnavailable):
         Packing(database).run(time.time())
+
+
+HANDLER = """
+from pathlib import Path
+
+def handle(message):
+    with (Path(__file__).parent / "done").open("a") as file:
+        file.write(message["Subject"] + "\\n")
+"""
+
+
+def test_commands_go_through_the_server(folder: Path) -> None:
+    """An import, workers, a check, a listing and a packing are at work at the same time."""
+    site = Site(folder / "site")
+    (folder / "app.py").write_text(HANDLER)
+    with FileServer(site.folder / "var") as server:
+        assert server.process is not None
+        site.deliver(mail("one"), mail("two"))
+        site.done("import")
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        consumers = site.process(
+            *("consume", "billing", "app:handle", "--workers", "2"),
+            env=environment,
+            stdout=None,
+            stderr=None,
+        )
+        try:
+            done = folder / "done"
+            until(lambda: done.exists() and len(done.read_text().split()) == 2)
+            site.deliver(mail("three"))
+            site.done("import")
+            checked = site.run("check").stdout
+            assert f"depot.fs, served by process {server.process.pid} " in checked
+            assert site.run("queues").exit_code == 0
+            assert site.run("pack").exit_code == 0
+            until(lambda: len(done.read_text().split()) == 3)
+        finally:
+            consumers.terminate()
+            assert consumers.wait(LONGEST) == 0
+        assert sorted(done.read_text().split()) == ["one", "three", "two"]

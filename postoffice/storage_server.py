@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import zc.lockfile
 from BTrees.OOBTree import OOBTree
 from ZEO.asyncio.server import Acceptor, ServerProtocol
-from ZEO.StorageServer import StorageServer
+from ZEO.StorageServer import SlowMethodThread, StorageServer, ZEOStorage
 from ZODB.FileStorage import FileStorage, packed_version
 from ZODB.fsIndex import fsBucket, fsIndex
 from ZODB.utils import u64
@@ -136,6 +136,9 @@ def serve_storage(uri: str, place: UnixPlace, ready: Callable[[], None] = lambda
 
 
 def _stop(number: int, frame: object) -> None:
+    # A second signal must not cut off the closing.
+    for one in _STOPS:
+        signal.signal(one, signal.SIG_IGN)
     raise _Stopped
 
 
@@ -156,14 +159,15 @@ def _serve(file: _ServedFile, seat: _Seat, ready: Callable[[], None]) -> None:
         acceptors.append(_Acceptor(server, address, seat.bind()))
         return acceptors[0]
 
-    StorageServer(
+    server = StorageServer(
         seat.address,
         {"1": file},
         invalidation_queue_size=_REMEMBERED_TRANSACTIONS,
-        transaction_timeout=_COMMIT_SECONDS,
         Acceptor=accept,
     )
     loop = acceptors[0].event_loop
+    for manager in server.lock_managers.values():
+        manager.timeout = _CommitLimit(loop, _COMMIT_SECONDS)
     file.when_failed = lambda: loop.call_soon_threadsafe(loop.stop)
     for number in _STOPS:
         loop.add_signal_handler(number, loop.stop)
@@ -192,16 +196,81 @@ class _Acceptor(Acceptor):  # type: ignore[misc]  # ZEO has no types
 
     def factory(self) -> _Protocol:
         """Return what talks to a client that has connected."""
-        handler = self.storage_server.create_client_handler()
+        handler = _Handler(self.storage_server, self.storage_server.read_only)
         return _Protocol(self.event_loop, self.addr, handler, self.msgpack)
+
+
+class _Handler(ZEOStorage):  # type: ignore[misc]  # ZEO has no types
+    """What does the work for a client; what takes long does not keep the process from ending."""
+
+    def pack(self, time: float, wait: Any = 1) -> Any:
+        """Pack in a thread; the reply comes when it is done."""
+        return _in_thread(self._pack_impl, time)
+
+    def undoInfo(self, first: int, last: int, spec: Any) -> Any:
+        """Look in a thread for what can be undone."""
+        return _in_thread(self.storage.undoInfo, first, last, spec)
+
+    def undoLog(self, first: int, last: int) -> Any:
+        """Look in a thread for what can be undone."""
+        return _in_thread(self.storage.undoLog, first, last)
+
+
+def _in_thread(method: Callable[..., Any], *arguments: Any) -> Any:
+    thread = SlowMethodThread(method, arguments)
+    thread.daemon = True
+    thread.start()
+    return thread.delay
 
 
 class _Protocol(ServerProtocol):  # type: ignore[misc]  # ZEO has no types
     """What talks to a client, and takes it for no error that one goes."""
 
+    def close(self) -> None:
+        """Cut the client off, and give back what it holds.
+
+        ZEO 6.2 leaves the lock of commits with a client that the server itself cuts off.
+        """
+        handler = self.zeo_storage
+        super().close()
+        if handler is not None and handler.connected:
+            handler.notify_disconnected()
+
     def connection_lost(self, error: Exception | None) -> None:
         """Forget the client."""
         super().connection_lost(None if isinstance(error, ConnectionError) else error)
+
+
+class _CommitLimit:
+    """Cuts off a client that holds the lock of commits for too long.
+
+    In the place of ZEO's own, which goes by the wall clock.  Used in the thread of the loop only.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, client: Any) -> None:
+        """Count from now on for a client."""
+        self._timer = self._loop.call_later(self._seconds, self._cut_off, client)
+
+    def end(self, client: Any) -> None:
+        """Count no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def is_alive(self) -> bool:
+        """See ``ZEO.StorageServer.TimeoutThread``."""
+        return True
+
+    def _cut_off(self, client: Any) -> None:
+        log.warning(
+            "a client voted for a commit and did not finish it within %g s; it is cut off",
+            self._seconds,
+        )
+        client.connection.close()
 
 
 class _ServedFile(FileStorage):  # type: ignore[misc]  # ZODB has no types
@@ -253,6 +322,14 @@ class _ServedFile(FileStorage):  # type: ignore[misc]  # ZODB has no types
             last[record.oid] = at
             at += record.recordlen()
         return header.tid if last and all(index.get(oid) == last[oid] for oid in last) else 0
+
+    def lastInvalidations(self, count: int) -> list[tuple[bytes, list[bytes]]]:
+        """Return what a server begins with: the last transaction, without what it changed.
+
+        A client that has seen it keeps what it has.  To read what the last ones changed takes
+        seconds where they were large.
+        """
+        return [(self.lastTransaction(), [])]
 
     def storeBlob(
         self, oid: bytes, old: bytes, data: bytes, file: str, version: str, transaction: Any

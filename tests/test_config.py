@@ -26,7 +26,7 @@ from postoffice.config import (
     load,
     set_up_logging,
 )
-from postoffice.database_uri import blob_folder_fault, shown, uri_fault
+from postoffice.database_uri import blob_folder_fault, database_file, shown, uri_fault
 from postoffice.depot.policy import Policy
 from postoffice.exceptions import ConfigurationError
 from postoffice.filters import FACTORIES, HeaderRegexpFilter, ToHostnameFilter
@@ -128,12 +128,14 @@ def test_every_line_of_the_sample_is_right_when_uncommented(folder: Folder) -> N
     options = ["archive =", "archive_keep =", "reject_filters =", "    header_regexp:"]
     options += ["    to_hostname: .lists", "max_attempts =", "retry_delay =", "lease ="]
     options += ["lmtp =", "lmtp_mode =", "lmtp_group =", "unrouted =", "deliver_timeout ="]
+    options += ["zeo_listen =", "zeo_mode =", "zeo_group ="]
     for option in options:
         assert text.count(f"\n#{option}") == 1
         text = text.replace(f"\n#{option}", f"\n{option}")
     # Not every machine has a Postfix.
     text = text.replace("/var/spool/postfix/postoffice/lmtp", "%(here)s/lmtp")
     text = text.replace("lmtp_group = postfix", f"lmtp_group = {os.getgid()}")
+    text = text.replace("zeo_group = postoffice", f"zeo_group = {os.getgid()}")
     settings = folder.load(text)
     assert settings.warnings == ()
     assert settings.archive == folder.path / "archive"
@@ -1122,6 +1124,40 @@ def test_permissions_are_for_a_socket(folder: Folder, option: str, lines: list[s
     error = folder.main_fault(*lines, option)
     assert error.option == option.partition(" ")[0]
     assert error.fault == "there is no unix socket for it"
+
+
+def test_a_file_is_served_beside_it(folder: Folder) -> None:
+    """Unless the configuration says otherwise, a file is served at its own path with .zeo."""
+    settings = folder.main()
+    assert settings.zeo_listen == UnixPlace(Path(f"{database_file(settings.zodb_uri)}.zeo"), 0o660)
+
+
+@pytest.mark.parametrize("value", ["unix:depot.zeo", "depot.zeo", "unix:%(here)s/depot.zeo"])
+def test_a_file_is_served_elsewhere(folder: Folder, value: str) -> None:
+    """The socket of the file's server is where the configuration has it, with mode and group."""
+    settings = folder.main(f"zeo_listen = {value}", "zeo_mode = 0600", f"zeo_group = {os.getgid()}")
+    assert settings.zeo_listen == UnixPlace(folder.path / "depot.zeo", 0o600, os.getgid())
+
+
+@pytest.mark.parametrize("value", ["none", "None ; not now"])
+def test_a_file_is_not_served(folder: Folder, value: str) -> None:
+    """The word none switches it off."""
+    assert folder.main(f"zeo_listen = {value}").zeo_listen is None
+
+
+def test_everybody_at_the_files_socket(folder: Folder) -> None:
+    """A mode that lets every user of the machine in is warned of, since that gives them all."""
+    (warning,) = folder.main("zeo_mode = 0666").warnings
+    assert "zeo_mode: every user of this machine" in warning
+
+
+@pytest.mark.parametrize("option", ["zeo_listen = depot.zeo", "zeo_mode = 0600", "zeo_group = 0"])
+def test_only_a_file_is_served(folder: Folder, option: str) -> None:
+    """With any other database the options are refused: nobody would heed them."""
+    main = MAIN.replace("file://", "zeo://").replace("blobstorage_dir", "blob_dir")
+    error = folder.fault(f"{main}{option}\n{QUEUE}")
+    assert error.option == option.partition(" ")[0]
+    assert error.fault == "only the file of a file:// database is served"
 
 
 def test_a_folder_of_the_socket_that_cannot_be_seen(tmp_path: Path) -> None:

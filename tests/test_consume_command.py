@@ -451,8 +451,9 @@ def test_no_name_of_a_handler(tmp_path: Path, handler: str) -> None:
 
 
 def test_several_workers_of_one_file(tmp_path: Path) -> None:
-    """A FileStorage serves one process, and so one worker; that is said before any is started."""
+    """A file that no server serves has room for one worker; that is said before any is started."""
     site = Site(tmp_path / "site")
     result = site.run("consume", "billing", "app:handle", "--workers", "2")
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert f"database {site.folder}/var/depot.fs is a FileStorage" in result.stderr
+    assert f"database {site.folder}/var/depot.fs is a file that one" in result.stderr
+    assert "`postoffice serve`" in result.stderr

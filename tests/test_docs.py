@@ -540,13 +540,12 @@ def test_a_locked_database_says_what_is_shown(tmp_path: Path) -> None:
     """What a locked database says is what the page on storages shows."""
     (said,) = [block for block in BLOCKS if "is locked by" in block.text]
     (tmp_path / "var").mkdir()
-    (tmp_path / "zeo.conf").touch()
     uri = f"file://{tmp_path}/var/depot.fs?blobstorage_dir={tmp_path}/var/blobs"
     with closing(open_database(uri)), pytest.raises(exceptions.DepotUnavailable) as caught:
         open_database(uri)
     text = str(caught.value).replace(str(tmp_path), PLACE)
-    mine = "process 4711 (python billing.py); a FileStorage"
-    text = re.sub(r"process \d+ \(.*\); a FileStorage", mine, text)
+    mine = "process 4711 (python billing.py); a file"
+    text = re.sub(r"process \d+ \(.*\); a file", mine, text)
     assert f"postoffice: {text}".split() == said.text.split()
 
 

@@ -6,9 +6,8 @@ import contextlib
 import grp
 import logging
 import os
+import pwd
 import shutil
-import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import transaction
+from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
 from ZEO.ClientStorage import ClientStorage
 from ZODB.blob import Blob
@@ -28,14 +28,15 @@ from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
 from postoffice.database import DatabaseMissing, open_database, open_for_inspection, open_soon
-from postoffice.exceptions import DepotMisconfigured, DepotUnavailable
+from postoffice.exceptions import DepotUnavailable
 from postoffice.packing import Packing
-from postoffice.storage_server import save_index, serve_storage
-from postoffice.config import UnixPlace
+from postoffice.storage_server import save_index
 from postoffice.storage_socket import Presence, look
+from postoffice.zeo_client import client_of
 from tests.file_server import FileServer
+from tests.sites import Site, mail
 
-NOBODY = 65534
+LONGEST = 30.0
 
 
 @pytest.fixture
@@ -84,15 +85,20 @@ def names(uri: str, opener: Callable[[str], DB] = open_database) -> set[str]:
         return found
 
 
-def run(program: str, *words: str, **process: object) -> subprocess.Popen[str]:
-    """Run a program of Python's in a process of its own."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def run(program: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a program of Python's in a process of its own, which is killed in the end."""
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program), *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        **process,  # type: ignore[call-overload]  # what it is started with
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_everybody_finds_the_server(server: FileServer) -> None:
@@ -264,7 +270,10 @@ def test_a_living_server_is_left_alone(server: FileServer, folder: Path) -> None
 def test_what_is_no_socket_is_left_alone(server: FileServer) -> None:
     """A file of somebody else's at the server's name stays, and is not taken for a server."""
     server.name.write_text("notes")
-    assert server.refused() == (f"PermanentError: {server.name} is no socket, and is left alone", 65)
+    assert server.refused() == (
+        f"PermanentError: {server.name} is no socket, and is left alone",
+        65,
+    )
     store(server.uri, "one")
     assert server.name.read_text() == "notes"
 
@@ -301,3 +310,421 @@ def test_what_cannot_be_served_is_said_in_one_line(
     assert "\n" not in said
     assert status in (2, 75)
     assert os.listdir(folder) == ["server.err"]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + LONGEST
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_server_that_is_being_restarted_is_waited_for(
+    server: FileServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who finds a dead server's socket waits for the next server, and says so once."""
+    server.start()
+    store(server.uri, "one")
+    server.stop("SIGKILL")
+    with caplog.at_level(logging.WARNING, "postoffice"):
+        found: list[set[str]] = []
+        opening = threading.Thread(target=lambda: found.append(names(server.uri)))
+        opening.start()
+        until(lambda: bool(caplog.records))
+        server.start()
+        opening.join()
+    assert found == [{"one"}]
+    said = [record.getMessage() for record in caplog.records if record.name == "postoffice"]
+    assert said == [
+        f"database {server.file}: its server does not answer; waiting 10 s for it at most"
+    ]
+
+
+@pytest.mark.parametrize("opener", [open_database, open_soon])
+def test_a_server_that_never_comes_back(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, opener: Callable[[str], DB]
+) -> None:
+    """After the time to wait, the file is opened without a server, and the dead socket removed."""
+    monkeypatch.setattr("postoffice.database._PATIENCE", 0.2)
+    monkeypatch.setattr("postoffice.database._SOON", 0.2)
+    server.start()
+    store(server.uri, "one")
+    server.stop("SIGKILL")
+    assert names(server.uri, open_for_inspection) == {"one"}
+    assert os.path.lexists(server.name)
+    with opened(server.uri, opener) as database:
+        assert not isinstance(database.storage, ClientStorage)
+        assert not os.path.lexists(server.name)
+
+
+def test_a_link_to_nowhere_is_a_dead_server(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link whose socket is gone, as after a boot, is waited for and removed like a socket."""
+    monkeypatch.setattr("postoffice.database._PATIENCE", 0.2)
+    server.name.symlink_to("/nowhere/depot.zeo")
+    store(server.uri, "one")
+    assert not os.path.lexists(server.name)
+
+
+SLOW = """
+    import sys, time
+    from pathlib import Path
+    from postoffice import storage_server
+    from postoffice.config import UnixPlace
+
+    uri, address, gate = sys.argv[1:]
+    opened = storage_server._opened
+
+    def slowly(*arguments):
+        file = opened(*arguments)
+        print("locked", flush=True)
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        return file
+
+    storage_server._opened = slowly
+    storage_server.serve_storage(uri, UnixPlace(Path(address)))
+"""
+
+
+def test_a_server_that_is_starting_is_waited_for(
+    server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the lock of the file and the first answer nobody takes the file for a locked one."""
+    gate = folder / "gate"
+    with run(SLOW, server.uri, str(server.address), str(gate)) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            monkeypatch.setattr("postoffice.database._PATIENCE", 0.2)
+            with pytest.raises(DepotUnavailable, match="it is still starting: try again"):
+                open_database(server.uri)
+            monkeypatch.undo()
+            opening = threading.Timer(0.3, gate.touch)
+            opening.start()
+            store(server.uri, "one")
+            opening.join()
+        finally:
+            process.terminate()
+        assert process.wait(LONGEST) == 0
+
+
+def test_a_server_that_is_starting_stops(server: FileServer, folder: Path) -> None:
+    """SIGTERM ends a server that has not opened the file yet, and its socket goes."""
+    with run(SLOW, server.uri, str(server.address), str(folder / "gate")) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        assert look(str(server.name)) is Presence.SILENT
+        process.terminate()
+        assert process.wait(LONGEST) == 0
+    assert not os.path.lexists(server.name)
+
+
+PARENT = """
+    import os, sys
+    from pathlib import Path
+    from postoffice.config import UnixPlace
+    from postoffice.storage_server import serve_storage
+
+    if os.fork() == 0:
+        serve_storage(sys.argv[1], UnixPlace(Path(sys.argv[2])), lambda: print("ready", flush=True))
+        print("closed", flush=True)
+        os._exit(0)
+    sys.stdin.read()
+"""
+
+
+def test_a_server_ends_with_its_parent(server: FileServer) -> None:
+    """When the process that has started the server is killed, the server closes the file."""
+    with run(PARENT, server.uri, str(server.address)) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.readline() == "closed\n"
+    assert not os.path.lexists(server.name)
+    store(server.uri, "one")
+
+
+APPLICATION = """
+    import sys, time
+    import transaction
+    from transaction.interfaces import TransientError
+    from postoffice.database import open_database
+
+    database = open_database(sys.argv[1])
+    connection = database.open()
+    for number in range(int(sys.argv[2])):
+        while True:
+            try:
+                transaction.begin()
+                connection.root()[f"n{number}"] = number
+                transaction.commit()
+                break
+            except TransientError:
+                transaction.abort()
+        print(number, flush=True)
+        time.sleep(0.01)
+    connection.close()
+    database.close()
+"""
+
+
+@pytest.mark.parametrize("how", FileServer.how)
+def test_applications_resume(server: FileServer, how: str) -> None:
+    """An application runs on when the server was killed and started again, and loses nothing.
+
+    What it had under way fails with a transient error.
+    """
+    server.start()
+    store(server.uri, "first")
+    with run(APPLICATION, server.uri, "60") as application:
+        assert application.stdout is not None
+        for _ in range(3):
+            for _ in range(10):
+                assert application.stdout.readline()
+            server.stop(how)
+            server.start()
+        assert application.wait(LONGEST) == 0
+    assert {f"n{number}" for number in range(60)} <= names(server.uri)
+
+
+FAILS = """
+    import errno, importlib, os, sys
+    from pathlib import Path
+    from postoffice.config import UnixPlace
+    from postoffice.storage_server import StorageFailed, serve_storage
+
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if Path(sys.argv[3]).exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    importlib.import_module("ZODB.FileStorage.FileStorage").fsync = failing
+    try:
+        serve_storage(sys.argv[1], UnixPlace(Path(sys.argv[2])), lambda: print("ready", flush=True))
+    except StorageFailed as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_server_whose_disk_fails_ends(server: FileServer, folder: Path) -> None:
+    """When the last step of a commit fails, which closes a FileStorage, its server ends.
+
+    The next one opens the file anew, and applications go on.
+    """
+    bad = folder / "bad"
+    with run(FAILS, server.uri, str(server.address), str(bad)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with opened(server.uri, open_soon) as database:
+            connection = database.open()
+            connection.root()["good"] = True
+            transaction.commit()
+            bad.touch()
+            connection.root()["bad"] = True
+            with pytest.raises(Exception, match=r"Input/output error|disconnected"):
+                transaction.commit()
+            transaction.abort()
+            assert "the disk failed" in process.stdout.readline()
+            assert process.wait(LONGEST) == 0
+            bad.unlink()
+            server.start()
+            while True:
+                try:
+                    transaction.begin()
+                    connection.root()["later"] = True
+                    transaction.commit()
+                    break
+                except TransientError:
+                    transaction.abort()
+            connection.close()
+    assert {"good", "later"} <= names(server.uri)
+
+
+IMPATIENT = """
+    import sys
+    from pathlib import Path
+    from postoffice import storage_server
+    from postoffice.config import UnixPlace
+
+    storage_server._COMMIT_SECONDS = 1
+    storage_server.serve_storage(
+        sys.argv[1], UnixPlace(Path(sys.argv[2])), lambda: print("ready", flush=True)
+    )
+"""
+
+
+def test_a_client_that_hangs_in_a_commit_is_cut_off(server: FileServer) -> None:
+    """A client that stops between its vote and its commit does not keep others from committing."""
+    with run(IMPATIENT, server.uri, str(server.address)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        store(server.uri, "first")
+        with opened(server.uri) as database:
+            manager = transaction.TransactionManager()
+            connection = database.open(manager)
+            connection.root()["slow"] = True
+            one = manager.get()
+            for step in (connection.tpc_begin, connection.commit, connection.tpc_vote):
+                step(one)
+            store(server.uri, "quick")
+            connection.tpc_abort(one)
+            manager.abort()
+            connection.close()
+        assert names(server.uri) == {"first", "quick"}
+        process.terminate()
+        assert process.wait(LONGEST) == 0
+
+
+def test_who_may_not_connect_is_told_who_may(folder: Path) -> None:
+    """Somebody whom the socket keeps out is told of its user, its group and its mode."""
+    with FileServer(folder, mode=0o060 if os.getuid() else 0o660) as server:
+        folder.chmod(0o711)
+        program = """
+            import os, sys
+            from postoffice.database import open_database
+            from postoffice.exceptions import DepotUnavailable
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            try:
+                open_database(sys.argv[1])
+            except DepotUnavailable as error:
+                print(error)
+        """
+        with run(program, server.uri) as other:
+            assert other.stdout is not None
+            said = other.stdout.read()
+        owner, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
+        assert f"its server's socket {server.name} is for user {owner} and group {group} " in said
+        assert f"usermod --append --groups {group} " in said
+        assert said.count("\n") == 1
+
+
+def test_blobs_are_copied_for_who_cannot_share_them(
+    server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cannot use the server's folder of blobs has copies, which go with it.
+
+    What killed processes have left goes, too; what living ones have stays.
+    """
+    copies = folder / "copies"
+    copies.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    with server:
+        store(server.uri, "mine", Blob(b"mine"))
+        other = _storage(server)
+        left = copies / f"postoffice-blobs-{os.geteuid()}-left"
+        left.mkdir()
+        (left / "owned").touch()
+        with contextlib.closing(DB(_storage(server))) as database:
+            assert not left.exists()
+            assert len(os.listdir(copies)) == 2
+            connection = database.open()
+            with connection.root()["mine"].open() as file:
+                assert file.read() == b"mine"
+            connection.root()["other"] = Blob(b"other")
+            transaction.commit()
+            connection.close()
+        other.close()
+        assert os.listdir(copies) == []
+        with opened(server.uri) as database:
+            connection = database.open()
+            with connection.root()["other"].open() as file:
+                assert file.read() == b"other"
+            connection.close()
+
+
+def _storage(server: FileServer) -> ClientStorage:
+    return client_of(str(server.address), str(server.file / "unseen"), 5, read_only=False)
+
+
+def test_packing_goes_through_the_server(server: FileServer) -> None:
+    """Who packs has the server pack, while it serves; all that was there is there afterwards."""
+    with server:
+        for number in range(100):
+            store(server.uri, "number", number)
+        store(server.uri, "blob", Blob(b"kept"))
+        with opened(server.uri) as database:
+            packing = Packing(database)
+            before = packing.size()
+            assert packing.at_server
+            packing.run(time.time())
+            assert packing.size() < before
+            with database.open().root()["blob"].open() as file:
+                assert file.read() == b"kept"
+        assert not Path(f"{server.file}.pack").exists()
+        server.stop("SIGKILL")
+        server.start()
+        assert names(server.uri) == {"number", "blob"}
+
+
+def test_a_server_that_packs_ends(server: FileServer) -> None:
+    """SIGTERM ends a server that packs; the file is as it was, and no copy is left."""
+    server.start()
+    with opened(server.uri) as database:
+        connection = database.open()
+        for number in range(100):
+            connection.root()[f"big{number}"] = PersistentMapping({0: "x" * 1_000_000})
+            transaction.commit()
+        connection.close()
+    with opened(server.uri) as database:
+        packing = threading.Thread(target=_pack, args=(database,))
+        packing.start()
+        until(lambda: Path(f"{server.file}.pack").exists() or not packing.is_alive())
+        assert server.stop("SIGTERM") == 0
+        packing.join()
+    assert not Path(f"{server.file}.pack").exists()
+    server.start()
+    assert len(names(server.uri)) == 100
+
+
+def _pack(database: DB) -> None:
+    # Its server goes away.
+    with contextlib.suppress(DepotUnavailable):
+        Packing(database).run(time.time())
+
+
+HANDLER = """
+from pathlib import Path
+
+def handle(message):
+    with (Path(__file__).parent / "done").open("a") as file:
+        file.write(message["Subject"] + "\\n")
+"""
+
+
+def test_commands_go_through_the_server(folder: Path) -> None:
+    """An import, workers, a check, a listing and a packing are at work at the same time."""
+    site = Site(folder / "site")
+    (folder / "app.py").write_text(HANDLER)
+    with FileServer(site.folder / "var") as server:
+        assert server.process is not None
+        site.deliver(mail("one"), mail("two"))
+        site.done("import")
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        consumers = site.process(
+            *("consume", "billing", "app:handle", "--workers", "2"),
+            env=environment,
+            stdout=None,
+            stderr=None,
+        )
+        try:
+            done = folder / "done"
+            until(lambda: done.exists() and len(done.read_text().split()) == 2)
+            site.deliver(mail("three"))
+            site.done("import")
+            checked = site.run("check").stdout
+            assert f"depot.fs, served by process {server.process.pid} " in checked
+            assert site.run("queues").exit_code == 0
+            assert site.run("pack").exit_code == 0
+            until(lambda: len(done.read_text().split()) == 3)
+        finally:
+            consumers.terminate()
+            assert consumers.wait(LONGEST) == 0
+        assert sorted(done.read_text().split()) == ["one", "three", "two"]

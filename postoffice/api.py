@@ -38,7 +38,7 @@ from postoffice.intake.conversation import Reply
 from postoffice.intake.deposit import Deposit, Unrouted
 from postoffice.intake.importer import Importer
 from postoffice.intake.listener import TCPAddress, UnixAddress
-from postoffice.intake.maildir import Maildir, Outcome
+from postoffice.intake.maildir import Maildir, Outcome, make_maildir
 from postoffice.intake.reader import open_message
 from postoffice.intake.receiving import Receiver
 from postoffice.intake.service import Service
@@ -240,6 +240,7 @@ class PostOffice:
         :raises OSError: the Maildir or the archive failed; likewise.
         """
         self.refuse_without_queues()
+        make_maildir(self.settings.maildir)
         # Who finds another import at work need not wait for the database.
         maildir = Maildir(self.settings.maildir)
         try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
-from ZODB.POSException import POSError
+from ZODB.POSException import ConflictError, POSError
 
 from postoffice import config
 from postoffice.claims import living_claims
@@ -39,7 +39,7 @@ from postoffice.intake.deposit import Deposit, Unrouted
 from postoffice.intake.expiry import Expiry
 from postoffice.intake.importer import Importer
 from postoffice.intake.listener import TCPAddress, UnixAddress
-from postoffice.intake.maildir import Maildir, Outcome
+from postoffice.intake.maildir import Maildir, Outcome, make_maildir
 from postoffice.intake.reader import open_message
 from postoffice.intake.receiving import Receiver
 from postoffice.intake.service import Service
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "PostOffice", "QueueStatus", "lmtp_address"]
 
 _ATTEMPTS = 20
+# What is restarted is back by then.
+_AWAY_SECONDS = 10.0
 # Objects that a connection keeps while it imports.
 _IMPORT_CACHE = 500
 
@@ -192,6 +194,7 @@ class PostOffice:
         self._committed(work)
 
     def _committed(self, work: Callable[[Any], Any]) -> Any:
+        since = time.monotonic()
         for attempt in range(_ATTEMPTS):
             with self.connection() as connection:
                 try:
@@ -199,7 +202,9 @@ class PostOffice:
                     connection.transaction_manager.commit()
                     return result
                 except TransientError as error:
-                    if attempt == _ATTEMPTS - 1:
+                    away = not isinstance(error, ConflictError)
+                    late = away and time.monotonic() - since > _AWAY_SECONDS
+                    if attempt == _ATTEMPTS - 1 or late:
                         raise DepotUnavailable(one_line(error)) from error
                 except (POSError, OSError) as error:
                     raise DepotUnavailable(f"the database failed: {one_line(error)}") from error
@@ -236,6 +241,7 @@ class PostOffice:
         :raises OSError: the Maildir or the archive failed; likewise.
         """
         self.refuse_without_queues()
+        make_maildir(self.settings.maildir)
         # Who finds another import at work need not wait for the database.
         maildir = Maildir(self.settings.maildir)
         try:

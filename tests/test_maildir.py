@@ -27,7 +27,14 @@ from postoffice.exceptions import DepotUnavailable, TemporaryError
 from postoffice.intake import maildir
 from postoffice.intake.archive import local_day
 from postoffice.intake.commit import commit as commit_intake
-from postoffice.intake.maildir import Maildir, MaildirBusy, MaildirImport, identity, unique
+from postoffice.intake.maildir import (
+    Maildir,
+    MaildirBusy,
+    MaildirImport,
+    identity,
+    make_maildir,
+    unique,
+)
 from postoffice.queue import BLOB_SIZE
 from tests.spools import EPOCH, Spool, digest, large, mail, other_file_system, post_office
 
@@ -538,8 +545,8 @@ def test_a_spool_keeps_its_id(spool: Spool) -> None:
 
 def test_a_maildir_is_made(tmp_path: Path) -> None:
     """A Maildir that is missing is made, for its owner only."""
-    held = Maildir(tmp_path / "Maildir")
-    held.close()
+    make_maildir(tmp_path / "Maildir")
+    Maildir(tmp_path / "Maildir").close()
     assert {path.name for path in (tmp_path / "Maildir").iterdir()} == {
         "new",
         "cur",

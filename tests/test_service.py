@@ -403,7 +403,7 @@ def test_a_storage_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_start_without_the_database(tmp_path: Path) -> None:
     """A service that starts before its database says so at once, and says when it is there."""
     zeo = ZeoServer(tmp_path / "zeo", tmp_path / "z")
-    lines = ["WARNING nothing can be stored", "lmtp: listening at", "WARNING the database can be"]
+    lines = ["ERROR nothing can be stored", "lmtp: listening at", "WARNING the database can be"]
     with Running(*site(tmp_path, uri=zeo.uri(1)), quiet=True) as service:
         wait_until(lambda: lines[1] in service.said)
         with zeo:

@@ -74,6 +74,21 @@ def _is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def _handler(
+    for_journal: type[logging.Formatter], otherwise: type[logging.Formatter]
+) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter((for_journal if _is_journal(sys.stderr) else otherwise)(_LINE))
+    return handler
+
+
+def _plain_handler() -> logging.Handler:
+    """Return a handler without what libraries say, and without tracebacks."""
+    handler = _handler(_PlainForJournal, _Plain)
+    handler.addFilter(_is_for_everybody)
+    return handler
+
+
 def _is_for_everybody(record: logging.LogRecord) -> bool:
     """Tell whether a line is for somebody who has not asked for more."""
     return record.name.partition(".")[0] not in _LIBRARIES
@@ -175,13 +190,25 @@ class Invocation:
         if set_up_logging(settings):
             yield
             return
-        handler = logging.StreamHandler(sys.stderr)
-        if _is_journal(sys.stderr):
-            handler.setFormatter((_ForJournal if self.verbose else _PlainForJournal)(_LINE))
-        else:
-            handler.setFormatter((_Verbose if self.verbose else _Plain)(_LINE))
-        if not self.verbose:
-            handler.addFilter(_is_for_everybody)
+        with self._logs_to(_handler(_ForJournal, _Verbose) if self.verbose else _plain_handler()):
+            yield
+
+    @contextmanager
+    def logs_of_daemon(self, settings: Settings) -> Iterator[None]:
+        """Log as :meth:`logs` does, but never what libraries say.
+
+        Of an outage that lasts for an hour they say the same again and again.
+        """
+        from postoffice.config import set_up_logging
+
+        if set_up_logging(settings):
+            yield
+            return
+        with self._logs_to(_plain_handler()):
+            yield
+
+    @contextmanager
+    def _logs_to(self, handler: logging.Handler) -> Iterator[None]:
         root, own = logging.getLogger(), logging.getLogger("postoffice")
         level = own.level
         root.addHandler(handler)

@@ -34,5 +34,5 @@ def serve_command(invocation: Invocation) -> None:
         config.set_up_logging(fresh)
         return fresh
 
-    with invocation.logs(settings):
+    with invocation.logs_of_daemon(settings):
         Daemon(settings, load).run()

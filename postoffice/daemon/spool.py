@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -64,7 +65,7 @@ class SpoolPart:
         self._health = health
         self._office: PostOffice | None = None
         self._importer: Importer | None = None
-        self._stopping = self._opening = False
+        self._stopping = self._interruptible = False
         self._delay = _FIRST_DELAY
         self._turn = _FIRST_TURN
         self._cause = ""
@@ -89,7 +90,7 @@ class SpoolPart:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
-        if self._opening:
+        if self._interruptible:
             # Nothing is in hand, and a database that is away may be waited for long.
             raise _Stopped
 
@@ -139,20 +140,26 @@ class SpoolPart:
         maildir = Maildir(Path(self._maildir))
         try:
             importer.run(maildir, between=self._go_on)
-            self._expire_histories()
         finally:
             maildir.close()
+        self._expire_histories()
 
     def _opened(self) -> Importer:
         if self._importer is None:
-            self._opening = True
-            try:
-                self._go_on()
+            with self._interruptibly():
                 self._office = self._open_post_office()
                 self._importer = self._office.open_importer()
-            finally:
-                self._opening = False
         return self._importer
+
+    @contextmanager
+    def _interruptibly(self) -> Iterator[None]:
+        """Let SIGTERM break off what is done meanwhile, in whatever instant it comes."""
+        self._interruptible = True
+        try:
+            self._go_on()
+            yield
+        finally:
+            self._interruptible = False
 
     def _go_on(self) -> None:
         self._health.alive()
@@ -162,7 +169,8 @@ class SpoolPart:
     def _expire_histories(self) -> None:
         now = time.monotonic()
         if self._office is not None and now >= self._next_day:
-            self._office.expire_histories(int(time.time()))
+            with self._interruptibly():
+                self._office.expire_histories(int(time.time()))
             self._next_day = now + _DAY_SECONDS
 
     # -- what it ends in ---------------------------------------------------------------------------

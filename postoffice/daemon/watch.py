@@ -126,7 +126,9 @@ class Watch:
         number: int = self._libc.inotify_add_watch(self._inotify, os.fsencode(folder), _NEW)
         if number < 0:
             reason = os.strerror(ctypes.get_errno())
-            log.warning("the folder %s cannot be watched (%s); it is looked at each second", folder, reason)
+            log.warning(
+                "the folder %s cannot be watched (%s); it is looked at each second", folder, reason
+            )
             self.close()
         return number
 

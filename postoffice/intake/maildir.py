@@ -123,13 +123,12 @@ class Maildir:
     """
 
     def __init__(self, path: Path) -> None:
-        """Lock the Maildir; it is made if it is missing.
+        """Lock a Maildir; see :func:`make_maildir`.
 
         :raises MaildirBusy: another process has it.
-        :raises OSError: it cannot be made or opened.
+        :raises OSError: it is not there, or cannot be opened.
         """
         self.path = path
-        make_maildir(path)
         self._lock = os.open(
             path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )

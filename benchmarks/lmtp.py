@@ -2,7 +2,8 @@
 
 The client is Postfix's smtp-source.  ``postoffice lmtp`` sorts into three queues of a FileStorage,
 Dovecot's LMTP with Sieve into three Maildirs by the like rules, and both answer when a message is
-on the disk; Postfix's smtp-sink keeps nothing, and shows what the client can do.  All run in turn,
+on the disk; Postfix's smtp-sink keeps nothing, and shows what the client can do, and the floor what
+one process can that stores messages in a ZODB and does nothing else with them.  All run in turn,
 with 1 and 10 sessions, 3 KB and 100 KB, on connections that stay and on a new one for each message.
 In the end the queues are counted: each message once, or the run fails.
 
@@ -179,6 +180,26 @@ class Sink:
         self._process = subprocess.Popen(
             [*words, f"unix:{self.address}", "100"], env={"PATH": _PATH}
         )
+        self.pid = self._process.pid
+        _wait_for(self.address, self._process)
+
+    def stop(self) -> None:
+        """Stop it."""
+        self._process.terminate()
+        self._process.wait(_PATIENCE)
+
+
+class Floor:
+    """What a server of our shape needs at the least: see ``lmtp_floor.py`` and :class:`Server`."""
+
+    name = "floor"
+
+    def __init__(self, folder: Path) -> None:
+        """Start it, and wait until it listens."""
+        folder.mkdir()
+        self.address = folder / "lmtp"
+        words = [str(_ROOT / "benchmarks" / "lmtp_floor.py"), str(self.address), str(folder)]
+        self._process = subprocess.Popen([sys.executable, *words])
         self.pid = self._process.pid
         _wait_for(self.address, self._process)
 
@@ -375,9 +396,10 @@ def measure(scratch: Path, options: argparse.Namespace) -> None:
         stack.callback(ours.stop)
         servers: list[Server] = [ours]
         if loads:
-            sink = Sink(scratch / "sink")
+            floor, sink = Floor(scratch / "floor"), Sink(scratch / "sink")
+            stack.callback(floor.stop)
             stack.callback(sink.stop)
-            servers.append(sink)
+            servers += floor, sink
             try:
                 dovecot = Sieve(scratch / "sieve")
             except (OSError, RuntimeError) as error:

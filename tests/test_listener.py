@@ -469,8 +469,10 @@ def test_a_client_that_leaves_before_the_answer(start: Start, post: Post, path: 
         client.begin("", ["a@b"])
         client.send(b"x\r\n.\r\n")
         assert post.begun.acquire(timeout=10)
-    post.open.set()
     wait_until(lambda: not held.listener._sessions)
+    assert post.arrivals == []
+    post.open.set()
+    wait_until(lambda: not held.listener._deliveries)
     assert [raw for _, raw in post.arrivals] == [b"x\n"]
 
 

@@ -33,7 +33,8 @@ __all__ = [
 
 log = logging.getLogger("postoffice")
 
-CHUNK_BYTES = 16 * 1024
+# What a commit writes again of each history, at most.
+CHUNK_BYTES = 4 * 1024
 DUPLICATE_SECONDS = 24 * 60 * 60
 _DUPLICATE = struct.Struct("!16sI")
 DUPLICATE_WIDTH = _DUPLICATE.size
@@ -71,11 +72,21 @@ class HistoryLog(Persistent):
         self.slot_seconds = slot_seconds
         self.limit = limit
         self.slots = LOBTree({_SENTINEL: None})
-        self.length = Length()
 
     def __len__(self) -> int:
-        """Return how many records are kept."""
-        return int(self.length())
+        """Return how many records are kept; reads them all."""
+        return sum(self._size(number) for number in self.numbers())
+
+    def _size(self, number: int) -> int:
+        return sum(len(chunk.data) for _, chunk in self.chunks(number)) // self.width
+
+    def _is_full(self) -> bool:
+        """Tell whether there are more than may be kept, by the number of chunks.
+
+        A count of the records would be one more object in each commit.
+        """
+        chunks = sum(len(tree) - 1 for tree in self.slots.values(_SENTINEL + 1))
+        return chunks * (CHUNK_BYTES // self.width) > self.limit
 
     def slot_at(self, seconds: int) -> int:
         """Return the number of the slot that this time falls in."""
@@ -100,7 +111,7 @@ class HistoryLog(Persistent):
             key = _SENTINEL
         chunk: Chunk | None = chunks[key] if key >= first else None
         if chunk is None or len(chunk.data) + self.width > CHUNK_BYTES:
-            if len(self) > self.limit:
+            if self._is_full():
                 self.expire(seconds - keep)
                 # Its own slot may be among those that went.
                 chunks = self.slots.setdefault(number, LOBTree({_SENTINEL: None}))
@@ -108,7 +119,6 @@ class HistoryLog(Persistent):
             chunk = chunks[key] = Chunk()
         offset = len(chunk.data)
         chunk.data += record
-        self.length.change(1)
         return number, key, offset
 
     def at(self, number: int, key: int, offset: int) -> bytes:
@@ -120,23 +130,21 @@ class HistoryLog(Persistent):
         """Drop the slots that ended before a time, in seconds since the epoch."""
         for number in self.numbers():
             ended = (number + 1) * self.slot_seconds <= before
-            if not ended and len(self) <= self.limit:
-                break
-            size = sum(len(chunk.data) for _, chunk in self.chunks(number)) // self.width
             if not ended:
+                if not self._is_full():
+                    break
                 log.log(
                     self.alarm,
                     "history: over %d records, %d of the oldest go early",
                     self.limit,
-                    size,
+                    self._size(number),
                 )
             del self.slots[number]
-            self.length.change(-size)
 
-    def generation(self, number: int) -> bytes | int:
-        """Return what tells a slot from one of the same number that went early."""
-        tree = self.slots[number]
-        return tree._p_oid or id(tree)
+    def generations(self) -> dict[int, bytes | int]:
+        """Return for each slot, oldest first, what tells it from one that went early."""
+        slots = self.slots.items(_SENTINEL + 1)
+        return {number: tree._p_oid or id(tree) for number, tree in slots}
 
     def numbers(self) -> list[int]:
         """Return the numbers of the slots that there are, oldest first."""
@@ -181,17 +189,17 @@ class HistoryIndex:
         To be called once at the start of each transaction that uses the index.
         """
         self._pending.clear()
-        numbers = self.history.numbers()
-        generations = {number: self.history.generation(number) for number in numbers}
-        for number, generation in self._generations.items():
-            if generations.get(number) != generation:
-                self._read.pop(number, None)
-                self._forget(number)
-        self._generations = generations
+        generations = self.history.generations()
+        if generations != self._generations:
+            for number, generation in self._generations.items():
+                if generations.get(number) != generation:
+                    self._read.pop(number, None)
+                    self._forget(number)
+            self._generations = generations
         # Others may have begun a slot since, and this one's last additions be in one before it.
         growing = self._newest - 1
-        self._newest = numbers[-1] if numbers else 0
-        for number in numbers:
+        self._newest = next(reversed(generations), 0)
+        for number in generations:
             read = self._read.get(number)
             if read is None:
                 self._read[number] = read = {}

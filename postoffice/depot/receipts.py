@@ -20,7 +20,7 @@ _WIDTH = 16
 _KEY = 8
 _MOST_LOOSE = 4096
 # So many at a time are no single commit of ours, but what was there before, or of others.
-_FEW = 512
+_FEW = 200
 
 
 class Receipts(HistoryLog):

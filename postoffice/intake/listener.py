@@ -21,6 +21,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
 
 from postoffice.display import one_line
@@ -110,7 +111,6 @@ class Listener:
         """
         self.address = address
         self.hostname = hostname
-        self.deliver = deliver
         self.folder = folder
         self.limits = limits or ListenerLimits()
         self.session_limits = session_limits or Limits()
@@ -119,8 +119,9 @@ class Listener:
         self.buffer = memoryview(bytearray(_PIECE))
         self.stopping = False
         self._accept = accept
+        self._deliver = deliver
         self._sessions: set[_Session] = set()
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self._deliveries: set[asyncio.Future[Sequence[Reply]]] = set()
         self._quiet = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._listening: Listening | None = None
@@ -227,37 +228,29 @@ class Listener:
 
     def hand_over(self, session: _Session, message: Incoming) -> None:
         """Have a message delivered, and the session told what became of it."""
-        task = asyncio.get_running_loop().create_task(self._hand_over(session, message))
-        self._deliveries.add(task)
-        task.add_done_callback(self._handed_over)
+        delivery: asyncio.Future[Sequence[Reply]]
+        try:
+            delivery = asyncio.ensure_future(self._deliver(message.arrival()))
+        # Whatever it is, the client still has the message, and tries again.
+        except Exception as error:
+            delivery = asyncio.get_running_loop().create_future()
+            delivery.set_exception(error)
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(partial(self._delivered, session, message))
 
-    def _handed_over(self, task: asyncio.Task[None]) -> None:
-        self._deliveries.discard(task)
+    def _delivered(
+        self, session: _Session, message: Incoming, delivery: asyncio.Future[Sequence[Reply]]
+    ) -> None:
+        self._deliveries.discard(delivery)
         self._quiet.set()
-
-    async def _hand_over(self, session: _Session, message: Incoming) -> None:
+        message.discard()
+        if delivery.cancelled():
+            return
         try:
-            replies = await self._deliver(message)
-        finally:
-            message.discard()
-        try:
-            session.answer(replies)
+            session.answer(_replies(delivery, len(message.begin.recipients)))
         except Exception:
             log.exception("lmtp: a client cannot be told what became of its message")
             session.abort()
-
-    async def _deliver(self, message: Incoming) -> Sequence[Reply]:
-        recipients = message.begin.recipients
-        try:
-            replies = await self.deliver(message.arrival())
-        # Whatever it is, the client still has the message, and tries again.
-        except Exception:
-            log.exception("lmtp: a message cannot be delivered")
-            return [_FAILURE] * len(recipients)
-        if len(replies) != len(recipients):
-            log.error("lmtp: %d replies for %d recipients", len(replies), len(recipients))
-            return [_FAILURE] * len(recipients)
-        return replies
 
     async def _sweep(self) -> None:
         """Break off the sessions that take too long."""
@@ -269,6 +262,19 @@ class Listener:
             now = loop.time()
             for session in list(self._sessions):
                 session.check(now)
+
+
+def _replies(delivery: asyncio.Future[Sequence[Reply]], count: int) -> Sequence[Reply]:
+    """Return what a delivery has to say to so many recipients."""
+    error = delivery.exception()
+    if error is not None:
+        log.error("lmtp: a message cannot be delivered", exc_info=error)
+        return [_FAILURE] * count
+    replies = delivery.result()
+    if len(replies) != count:
+        log.error("lmtp: %d replies for %d recipients", len(replies), count)
+        return [_FAILURE] * count
+    return replies
 
 
 class _Session(asyncio.BufferedProtocol):
@@ -286,6 +292,7 @@ class _Session(asyncio.BufferedProtocol):
         self._refusal = _FAILURE
         self._recipients = 0
         self._congested = False
+        self._early = False
         self._reading = True
         self._active = self._since = self._loop.time()
         self._closed: float | None = None
@@ -310,6 +317,7 @@ class _Session(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._active = self._loop.time()
+        self._early = self._conversation.waiting
         self._follow(self._conversation.receive(bytes(self._listener.buffer[:nbytes])))
 
     def eof_received(self) -> None:
@@ -424,8 +432,12 @@ class _Session(asyncio.BufferedProtocol):
             self._message = None
 
     def _control_flow(self) -> None:
-        """Read only while there is something to do with what is read, and room for replies."""
-        reading = not (self._congested or self._conversation.waiting)
+        """Read only while there is something to do with what is read, and room for replies.
+
+        Most clients say nothing while their message waits, and to stop reading costs something: it
+        is done when one has.
+        """
+        reading = not (self._congested or (self._early and self._conversation.waiting))
         if reading is self._reading or self._transport is None:
             return
         self._reading = reading

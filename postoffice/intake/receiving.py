@@ -143,7 +143,7 @@ class _Session:
     def __init__(self, receiver: Receiver, channel: socket.socket) -> None:
         self._receiver = receiver
         self._channel = channel
-        self._waiting: dict[int, asyncio.Future[list[Reply]]] = {}
+        self._waiting: dict[int, tuple[asyncio.Future[Sequence[Reply]], int]] = {}
         self._number = 0
         self._complete: list[tuple[int, tuple[object, ...]]] = []
         self._link: _Link
@@ -186,15 +186,15 @@ class _Session:
 
     def _take_answers(self, answers: list[tuple[int, list[tuple[Any, ...]]]]) -> None:
         for number, replies in answers:
-            waiting = self._waiting.pop(number)
+            waiting, _ = self._waiting.pop(number)
             if not waiting.done():
                 waiting.set_result([Reply(*one) for one in replies])
 
     def _give_up(self) -> None:
         """Answer all that waits when the other process is gone: nothing can be stored."""
-        for one in self._waiting.values():
+        for one, recipients in self._waiting.values():
             if not one.done():
-                one.set_result([])
+                one.set_result([TRY_LATER] * recipients)
         self._waiting.clear()
 
     def _accept(self, sender: str, recipient: str) -> Reply | None:
@@ -208,22 +208,23 @@ class _Session:
             return UNROUTED
         return None
 
-    async def _deliver(self, arrival: Arrival) -> Sequence[Reply]:
+    def _deliver(self, arrival: Arrival) -> asyncio.Future[Sequence[Reply]]:
         now = time.time_ns()
         self._number += 1
         number = self._number
         parcel = parcel_of(arrival, now, number, "lmtp")
         consignment = consign(self._receiver.routing, self._receiver.loop, parcel)
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[list[Reply]] = loop.create_future()
+        answered: asyncio.Future[Sequence[Reply]] = loop.create_future()
         if self._link.lost.is_set():
-            return [TRY_LATER] * len(arrival.recipients)
-        self._waiting[number] = answered
+            answered.set_result([TRY_LATER] * len(arrival.recipients))
+            return answered
+        self._waiting[number] = answered, len(arrival.recipients)
         if not self._complete:
             # Those that are complete by now go with it: who commits them wakes up once.
             loop.call_soon(self._hand_over)
         self._complete.append((number, _to_wire(consignment)))
-        return await answered or [TRY_LATER] * len(arrival.recipients)
+        return answered
 
     def _hand_over(self) -> None:
         receiving = self._listener.receiving

@@ -19,12 +19,16 @@ _NANOSECONDS = 1_000_000_000
 def daemon_json(settings: Settings) -> dict[str, object] | None:
     """Return how the daemon of a configuration is, as JSON has it; ``None``: it does not run.
 
-    :raises OSError: this user may not know.
+    Where this user may not know, there is a ``fault`` only.
     """
-    state = read_state(state_place(settings))
+    try:
+        state = read_state(state_place(settings))
+    except OSError as error:
+        return {"fault": f"{error.filename}: {error.strerror}"}
     if state is None:
         return None
     return {
+        "fault": None,
         "process": state.process,
         "version": state.version,
         "since": _iso(state.since),

@@ -24,6 +24,7 @@ from postoffice.config import (
     UnixPlace,
     find,
     load,
+    load_postfix,
     set_up_logging,
 )
 from postoffice.database_uri import blob_folder_fault, database_file, shown, uri_fault
@@ -1372,3 +1373,65 @@ def test_an_error_reads_as_one_sentence(folder: Folder) -> None:
         f"{folder.ini}: [post office] zodb_uri: there is no scheme 'postgresql'; "
         "write postgres://h/d"
     )
+
+
+# -- [postfix] -------------------------------------------------------------------------------------
+
+
+def test_postfix_defaults(folder: Folder) -> None:
+    """Without a section Postfix is where a distribution has it."""
+    assert folder.main().postfix == PostfixSettings()
+    folder.ini.write_text("")
+    assert load_postfix(folder.ini) == PostfixSettings()
+
+
+def test_postfix_options(folder: Folder) -> None:
+    """Commands are split as in a shell, paths are relative to the file, names in any case."""
+    text = """
+[postfix]
+List_Queue = "/opt/my postfix/postqueue" -v ; not the usual one
+cat_message = postcat
+control = postsuper
+spool_path = spool
+config_directory = %(here)s/etc
+sudo = sudo -n
+timeout = 5m # slow
+"""
+    folder.ini.write_text(text)
+    expected = PostfixSettings(
+        list_queue=("/opt/my postfix/postqueue", "-v"),
+        spool_path=str(folder.path / "spool"),
+        config_directory=str(folder.path / "etc"),
+        sudo=("sudo", "-n"),
+        timeout=300.0,
+    )
+    assert load_postfix(folder.ini) == expected
+    settings = folder.load(MAIN + QUEUE + text)
+    assert settings.postfix == expected
+    assert settings.warnings == ()
+
+
+def test_postfix_instance_without_its_spool(folder: Folder) -> None:
+    """Another instance with the default one's spool is hardly meant, and gets a warning."""
+    settings = folder.load(MAIN + QUEUE + "[postfix]\nconfig_directory = /etc/postfix-out\n")
+    (warning,) = settings.warnings
+    assert "[postfix] config_directory: spool_path is left at /var/spool/postfix;" in warning
+
+
+@pytest.mark.parametrize(
+    ("line", "fault", "mend"),
+    [
+        ("list_cue = x", "unknown option", "did you mean 'list_queue'?"),
+        ("control =", "the option has no value", "leave the option out"),
+        ("control = ; none", "the option has no value", "leave the option out"),
+        ('control = "x', "cannot be split into words", "close the quotation marks"),
+        ("control = x\n  y", "line break", "in one line"),
+        ("sudo = yes", "'yes' is no command", "write sudo -n"),
+        ("timeout = 0", "no time to wait", "write 1s to 1h"),
+        ("timeout = soon", "is no duration", "write seconds"),
+    ],
+)
+def test_postfix_faults(folder: Folder, line: str, fault: str, mend: str) -> None:
+    """What cannot be used in the section is one line with the fault and the mend."""
+    error = folder.fault(f"{MAIN}{QUEUE}[postfix]\n{line}\n")
+    assert (error.section, fault in error.fault, mend in error.mend) == ("postfix", True, True)

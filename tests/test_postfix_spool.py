@@ -94,6 +94,14 @@ def test_headers_are_the_messages_own(postfix: Postfix) -> None:
     assert long.head["X-Last"] == ["yes"]
 
 
+def test_one_message_parsed_by_itself(postfix: Postfix) -> None:
+    """A message parses the same headers by itself, behind overlong lines too."""
+    for mail in Spool(settings_of(postfix)).mails(parse=True):
+        alone = Mail(mail.qid, settings=settings_of(postfix))
+        alone.parse()
+        assert (alone.head, alone.parse_error) == (mail.head, "")
+
+
 def test_headers_of_listed_messages(postfix: Postfix) -> None:
     """Messages from a listing get their headers; what is gone or another's by now says so."""
     mails = loaded(postfix)

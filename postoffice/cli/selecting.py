@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from postoffice.cli.output import Failure, complain
-from postoffice.config import values
-from postoffice.config.values import Fault
 
 if TYPE_CHECKING:
     from postoffice.postfix import Mail, MailSelector, PostfixSettings, PostqueueStore
@@ -32,25 +30,25 @@ _LONGEST = 100 * 365 * 86400
 
 
 def _duration(text: str) -> timedelta:
+    from postoffice.config.values import Fault, duration
+
     try:
-        return timedelta(seconds=min(values.duration(text), _LONGEST))
+        return timedelta(seconds=min(duration(text), _LONGEST))
     except Fault as error:
         raise click.BadParameter(f"{error.fault}; {error.mend}") from error
 
 
 def _size_range(text: str) -> tuple[int, int | None]:
+    from postoffice.config.values import Fault, size
+
     least, dots, most = text.partition("..")
+    if not dots or not (least or most):
+        raise click.BadParameter(f"{text!r} is no range of sizes; write 10k..1m, 1m.. or ..500k")
     try:
-        if not dots or not (least or most):
-            raise Fault(f"{text!r} is no range of sizes", "write 10k..1m, 1m.. or ..500k")
-        return (_size(least) if least else 0, _size(most) if most else None)
+        # In the configuration 0 is no limit; here it is one.
+        return (size(least) or 0 if least else 0, size(most) or 0 if most else None)
     except Fault as error:
         raise click.BadParameter(f"{error.fault}; {error.mend}") from error
-
-
-def _size(text: str) -> int:
-    # A size of 0 is no limit in the configuration.
-    return values.size(text) or 0
 
 
 def _field(text: str) -> tuple[str, str]:

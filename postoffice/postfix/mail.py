@@ -11,13 +11,15 @@ from postoffice.display import printable
 from postoffice.postfix.errors import PostfixError
 from postoffice.postfix.headers import MailHeaders
 from postoffice.postfix.ids import is_queue_id
-from postoffice.postfix.program import failure, run
+from postoffice.postfix.program import Program, failure, run
 from postoffice.postfix.settings import PostfixSettings
 
 __all__ = ["Mail", "Recipient", "distinct_reasons", "is_queue_id"]
 
 _DEFAULT = PostfixSettings()
 _UNREAD = MailHeaders()
+# Postfix's line_length_limit, unless it is changed.
+_LONGEST_RECORD = 2048
 
 # A break and what indents the line below it (RFC 5322 section 2.2.3).
 _FOLD = re.compile(r"\n[ \t]*")
@@ -144,10 +146,28 @@ class Mail:
             output = run(words, self.settings.timeout)
             if output.status:
                 raise failure(words, output.status, output.said)
+            block = output.stdout
+            if len(block.rstrip(b"\n").rpartition(b"\n")[2]) >= _LONGEST_RECORD:
+                block = self._whole_header()
         except PostfixError as error:
             self.parse_error = str(error)
             return
-        self.read_headers(output.stdout)
+        self.read_headers(block)
+
+    def _whole_header(self) -> bytes:
+        """Read a header in which a line is longer than a record.
+
+        Behind such a line postcat sees no header any more, unless it shows the body too.
+        """
+        lines = []
+        with Program(
+            self.settings.command("cat_message", "-qhb", self.qid), self.settings.timeout
+        ) as program:
+            for line in program.lines():
+                if not line:
+                    break
+                lines.append(line + b"\n")
+        return b"".join(lines)
 
     def read_headers(self, block: bytes) -> None:
         """Take the header fields from a message's header block; then it is parsed."""

@@ -26,7 +26,7 @@ __all__ = ["QueueFile", "read_envelopes", "read_files", "read_queue_files"]
 #: As many ids or files are given to one process: some 20 KB of arguments.
 _BATCH = 1000
 #: As much of a message's header is kept.
-_MOST_HEADER = 1 << 20
+_MOST_HEADER = 1 << 18
 #: As much of a file that is shown without its body may come before lines are looked at one by one.
 _UNWATCHED = 1 << 16
 # A record, or one of the marks between the parts of a file; each with its place in the file.
@@ -52,11 +52,11 @@ _TIMES = 34
 _CREATE_TIME = len(b"create_time=") + 10
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
 _CTIME = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d):(\d\d):(\d\d) (\d{4})")
-_OPENING = re.compile(r"fatal: open (?:queue file )?\S+: (.*)")
+_OPENING = re.compile(r"fatal: open (?:queue file )?(\S+): (.*)")
 _NO_SUCH_FILE = "No such file or directory"
 _GONE = "it is not in Postfix's queue any more"
 _DOUBT = "its queue file holds text that looks like Postfix's own; what it tells is uncertain"
-_TOO_LONG = "its header is longer than 1 MB; the rest was left out"
+_TOO_LONG = "its header is longer than 256 KB; the rest was left out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,11 @@ def _read(settings: PostfixSettings, names: Sequence[str], options: str) -> list
                 output.take(line)
             ending = program.ended()
         parts = output.parts
-        if output.foreseen and len(waiting) > 1:
+        opening = _OPENING.search(ending.said)
+        failed = opening[1] if opening is not None else None
+        if len(waiting) > 1 and (
+            output.foreseen or (failed in waiting and failed not in waiting[len(parts) :][:1])
+        ):
             # Somebody knew what would stand behind his message; apart, they do each other no harm.
             half = len(waiting) // 2
             for some in (waiting[:half], waiting[half:]):
@@ -155,8 +159,7 @@ def _read(settings: PostfixSettings, names: Sequence[str], options: str) -> list
         if ending.status == 0 and len(parts) == len(waiting):
             break
         failures += 1
-        opening = _OPENING.search(ending.said)
-        if opening is not None and opening[1] == _NO_SUCH_FILE and len(parts) < len(waiting):
+        if opening is not None and opening[2] == _NO_SUCH_FILE and len(parts) < len(waiting):
             found[waiting[len(parts)]] = QueueFile(waiting[len(parts)], fault=_GONE)
             waiting = waiting[len(parts) + 1 :]
         elif opening is None and output.is_cut:

@@ -24,7 +24,7 @@ from ZEO.Exceptions import ClientDisconnected
 from ZODB.blob import LAYOUT_MARKER
 from ZODB.DB import DB
 from ZODB.FileStorage.FileStorage import FileStorageFormatError
-from ZODB.POSException import POSError, ReadOnlyError
+from ZODB.POSException import ConflictError, POSError, ReadOnlyError
 from zodburi.resolvers import FileStorageURIResolver
 
 from postoffice.database_uri import (
@@ -58,6 +58,8 @@ __all__ = [
 _LOCKED = re.compile(r"Couldn't lock '(.+)\.lock'", re.DOTALL)
 _STORAGE_PATH = re.compile(r"<filestorage[^>]*>[^<]*?^[ \t]*path[ \t]+(\S+)", re.I | re.M)
 _SOON = 5
+# Seconds between attempts to find the root that another process makes.
+_ROOT_PAUSES = (0.01, 0.1, 1.0)
 # Seconds to wait for the server of a file that is being restarted.
 _PATIENCE = 10
 # Of a zeo:// URI without one.
@@ -258,9 +260,18 @@ def _open(uri: str, name: str) -> DB:
             opened.callback(storage.close)
             _adopt(storage)
             remove_unfinished_blobs(uri, storage, 0)
-            database = DB(storage, **options)
+            database = _database(storage, options)
         opened.pop_all()
         return database
+
+
+def _database(storage: Any, options: dict[str, Any]) -> DB:
+    """Return the database of a storage, also where another process is just making its root."""
+    for pause in _ROOT_PAUSES:
+        with suppress(ConflictError):
+            return DB(storage, **options)
+        time.sleep(pause)
+    return DB(storage, **options)
 
 
 def _resolved(uri: str, name: str) -> tuple[Callable[[], Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from postoffice.database import DatabaseMissing, open_database, open_for_inspect
 from postoffice.exceptions import DepotMisconfigured, DepotUnavailable, TemporaryError
 from tests.depots import file_depot, sqlite_depot, zeo_depot
 from tests.postgresql import PASSWORD, USER, PostgreSQL, ServerMissing, shared_server
+from tests.zeo_server import ZeoServer
 
 HOLDS = """
 import sys
@@ -239,3 +241,21 @@ def test_looking_makes_no_database(tmp_path: Path) -> None:
         open_for_inspection(uri).close()
         for made in tmp_path.iterdir():
             shutil.rmtree(made) if made.is_dir() else made.unlink()
+
+
+def test_several_who_open_a_database_that_is_empty(tmp_path: Path) -> None:
+    """Who opens a database while another one makes its root waits for that, and has it too."""
+
+    def look(number: int) -> int:
+        opened = open_database(server.uri(number))
+        try:
+            with opened.transaction() as connection:
+                return len(connection.root())
+        finally:
+            opened.close()
+
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        server = ZeoServer(folder, folder / "z")
+        with server, ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(look, range(4))) == [0] * 4

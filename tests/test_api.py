@@ -24,6 +24,7 @@ from postoffice.exceptions import (
     FolderMissing,
 )
 from postoffice.intake.archive import local_day
+from postoffice.intake.maildir import Maildir, make_maildir
 from postoffice.queue import Queue
 from postoffice.routing import AUTO_RESPONSE, OVERSIZE, THROTTLED
 from tests.spools import QUEUES, Spool, digest, large, mail
@@ -360,3 +361,39 @@ def test_an_import_without_a_queue_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no section \[queue:NAME\]"):
         spool.run()
     assert len(spool.waiting()) == 1
+
+
+def test_histories_expire_without_mail(spool: Spool) -> None:
+    """What a queue remembers goes when it is old, though nothing comes to the queue any more."""
+    spool.configure("ooo_loop_frequency = 60\n")
+    spool.put(mail("one"))
+    run(spool, ("queued", 1))
+
+    def slots(office: PostOffice) -> tuple[int, int]:
+        with office.connection() as connection:
+            record = office.folder(connection).get("all")
+            return len(record.duplicates.numbers()), len(record.arrivals.numbers())
+
+    now = int(time.time())
+    with PostOffice(spool.ini) as office:
+        office.expire_histories(now)
+        assert slots(office) == (1, 1)
+        office.expire_histories(now + 3600)
+        assert slots(office) == (1, 0)
+        office.expire_histories(now + 2 * 24 * 60 * 60)
+        assert slots(office) == (0, 0)
+
+
+def test_an_importer_runs_again_and_again(spool: Spool) -> None:
+    """One importer empties the Maildir as often as it is told to, and knows what came before."""
+    make_maildir(spool.maildir)
+    with PostOffice(spool.ini) as office, office.open_importer() as importer:
+        for count in range(3):
+            spool.put(mail("one", Message_ID="<one@example.org>"), f"{count}.host")
+            maildir = Maildir(spool.maildir)
+            try:
+                outcome = importer.run(maildir)
+            finally:
+                maildir.close()
+            assert outcome.counts == {"discarded" if count else "queued": 1}
+    assert len(marks(spool)) == 1

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -215,8 +215,15 @@ def test_clients_wait_while_the_listener_is_another_one(place: Place) -> None:
     with place.serve() as serving:
         for _ in range(3):
             pid = serving.strike("lmtp")
-            with Client(place.socket) as client:
-                client.greet()
+            greeted = False
+            while not greeted:
+                # Refused, this raises another error than those of who was let in and turned out.
+                with (
+                    Client(place.socket) as client,
+                    suppress(BrokenPipeError, ConnectionResetError, AssertionError),
+                ):
+                    client.greet()
+                    greeted = True
             serving.wait_for_another("lmtp", pid)
 
 
@@ -268,7 +275,7 @@ def test_the_maildir_goes_and_comes_back(place: Place) -> None:
         for number in range(2):
             maildir.rename(away)
             serving.wait_until("spool", "failing")
-            assert "Maildir/new" in serving.part("spool").error
+            assert f"{maildir}/" in serving.part("spool").error
             assert not maildir.exists()
             drop(
                 away,

@@ -89,12 +89,11 @@ def _tell(folder: Path) -> None:
     say("  postoffice.ini   the configuration, commented; two queues to start from")
     say("  Maildir          where mail is delivered")
     say("  var              for the database, made by the first import")
-    say("  zeo.conf         to share the database among processes")
+    say("  zeo.conf         to share the database among machines")
     say("Next:")
     say("  1. let the mail server deliver to Maildir, and write your queues into postoffice.ini")
     say(f"  2. postoffice check -C {folder}/postoffice.ini")
-    say(f"  3. postoffice -C {folder}/postoffice.ini   imports what waits; cron can run it")
-    say(f"  4. runzeo -C {folder}/zeo.conf   once an application shall run beside the import")
+    say(f"  3. postoffice -C {folder}/postoffice.ini serve   does all the rest, as a service")
     if len(os.fsencode(f"{folder}/var/zeo.sock")) > _LONGEST_SOCKET:
         complain(
             f"{folder}/var/zeo.sock is too long for a socket's address; write a shorter one into "

@@ -275,7 +275,7 @@ def test_the_maildir_goes_and_comes_back(place: Place) -> None:
         for number in range(2):
             maildir.rename(away)
             serving.wait_until("spool", "failing")
-            assert f"{maildir}/" in serving.part("spool").error
+            assert str(maildir) in serving.part("spool").error
             assert not maildir.exists()
             drop(
                 away,

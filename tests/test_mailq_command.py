@@ -540,6 +540,7 @@ def test_queues_with_all_stages(postfix: Postfix, site: Site) -> None:
     site.deliver(mail("three"))
     found = site.json("queues", "--all")
     assert found["queues"] == site.json("queues")
+    assert found["daemon"] is None
     oldest = min(int(str(one["arrival_time"])) for one in postfix.queue().values())
     assert found["postfix"].pop("states") == {"deferred": 3, "hold": 1}
     moment = datetime.fromisoformat(found["postfix"].pop("oldest"))
@@ -551,7 +552,7 @@ def test_queues_with_all_stages(postfix: Postfix, site: Site) -> None:
     assert re.split(r"  +", lines[0]) == ["before the queues", "messages", "oldest", "of these"]
     assert re.match(r"Postfix queue +4 +\d+ s  3 deferred, 1 hold$", lines[1])
     assert re.match(r"Maildir +1 +\d+ d$", lines[2])
-    assert lines[3:] == ["", *site.done("queues").splitlines()]
+    assert lines[3:] == ["", "daemon: not running", "", *site.done("queues").splitlines()]
 
 
 def test_queues_with_stages_that_cannot_be_had(site: Site) -> None:

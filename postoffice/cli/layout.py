@@ -89,16 +89,15 @@ def _tell(folder: Path) -> None:
     say("  postoffice.ini   the configuration, commented; two queues to start from")
     say("  Maildir          where mail can be delivered, and the archive")
     say("  var              for the database, made by the first intake of mail")
-    say("  zeo.conf         to share the database among processes")
+    say("  zeo.conf         to share the database among machines")
     say("Next:")
     say("  1. write your queues into postoffice.ini, and have mail come by one of the ways:")
-    say(
-        f"     Maildir  postoffice -C {folder}/postoffice.ini   imports what waits; cron can run it"
-    )
-    say(f"     LMTP     postoffice lmtp -C {folder}/postoffice.ini   with lmtp = ...; runs on")
-    say("     pipe     Postfix runs postoffice-deliver for each message")
-    say(f"  2. postoffice check -C {folder}/postoffice.ini")
-    say(f"  3. runzeo -C {folder}/zeo.conf   once an application shall run beside the intake")
+    say("     Maildir  the mail server delivers there")
+    say("     LMTP     it delivers to the place that lmtp = ... names")
+    say("     pipe     it runs postoffice-deliver for each message")
+    say(f"  2. postoffice -C {folder}/postoffice.ini check")
+    say(f"  3. postoffice -C {folder}/postoffice.ini serve   does all the rest, as a service;")
+    say(f"     postoffice -C {folder}/postoffice.ini import  for who prefers cron, and a Maildir")
     if len(os.fsencode(f"{folder}/var/zeo.sock")) > _LONGEST_SOCKET:
         complain(
             f"{folder}/var/zeo.sock is too long for a socket's address; write a shorter one into "

@@ -36,7 +36,7 @@ _COLUMNS = (
     "--all",
     "everything",
     is_flag=True,
-    help="Above them, what is in Postfix's queue and in the Maildir.",
+    help="Above them, what is in Postfix's queue and in the Maildir, and how the daemon is.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shared_options
@@ -47,8 +47,8 @@ def queues_command(ctx: click.Context, everything: bool, as_json: bool) -> None:
     Of those that wait, consumers hold some, and some are deferred, to come again when they are due.
     Oldest is how long ago the message arrived that is at the head of the queue.
 
-    With --all, what has not reached the depot stands above them.  What of that cannot be had is a
-    line there, and does not change how the command ends.
+    With --all, what has not reached the depot stands above them, and how the daemon is.  What of
+    that cannot be had is a line there, and does not change how the command ends.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -74,16 +74,21 @@ def _print_queues(found: list[QueueStatus]) -> None:
 
 
 def _print_everything(invocation: Invocation, as_json: bool) -> None:
-    """Print what is on its way, then the queues; a depot that fails ends the command as ever."""
+    """Print what comes before the queues, then them; a depot that fails ends the command as ever."""
+    from postoffice.cli.daemon_state import daemon_json, tell_daemon
+
     settings = invocation.settings()
     stages = stages_before(settings)
     if not as_json:
         print_stages(stages)
+        say("")
+        tell_daemon(settings)
         found = _queues(invocation)
         say("")
         _print_queues(found)
         return
     facts: dict[str, object] = {one.name: one.as_json() for one in stages}
+    facts["daemon"] = daemon_json(settings)
     try:
         found = _queues(invocation)
     except (PostofficeError, OSError) as error:

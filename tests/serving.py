@@ -169,6 +169,14 @@ class Serving:
             client.greet()
             return client.deliver("ann@example.org", recipients, crlf(raw))
 
+    def is_stored(self, address: str, raw: bytes, *recipients: str) -> bool:
+        """Try to deliver a message, in a session that may break off; tell whether it is stored."""
+        try:
+            codes = self.deliver(address, raw, *recipients)
+        except (BrokenPipeError, ConnectionResetError, AssertionError):
+            return False
+        return codes == ["250 2.0.0"] * len(recipients)
+
 
 def drop(maildir: Path, name: str, raw: bytes) -> None:
     """Deliver into a Maildir, as mail servers do."""

@@ -205,7 +205,7 @@ def test_a_part_is_killed(place: Place, name: str) -> None:
         wait_until(lambda: f"{name} recovered" in serving.said)
         assert serving.part(name).restarts == 1
         place.drop("two")
-        wait_until(lambda: serving.deliver(place.socket, mail("three"), BILLING) == [STORED])
+        wait_until(lambda: serving.is_stored(place.socket, mail("three"), BILLING))
         place.wait_for("one", "three", "two")
         assert serving.stop() == 0
 
@@ -313,7 +313,7 @@ def test_the_storage_goes_and_comes_back(folder: Path) -> None:
             serving.wait_until("lmtp", "failing")
             zeo.start()
             place.wait_for("one", "two")
-            wait_until(lambda: serving.deliver(place.socket, mail("three"), BILLING) == [STORED])
+            wait_until(lambda: serving.is_stored(place.socket, mail("three"), BILLING))
             serving.wait_until("lmtp", "running")
             place.wait_for("one", "three", "two")
             assert serving.stop() == 0
@@ -405,7 +405,7 @@ def test_applications_go_on(place: Place) -> None:
             if len(names) % 2:
                 place.drop(name)
             else:
-                while serving.deliver(place.socket, mail(name), BILLING) != [STORED]:
+                while not serving.is_stored(place.socket, mail(name), BILLING):
                     time.sleep(0.01)
 
     with ExitStack() as stack:

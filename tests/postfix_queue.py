@@ -12,6 +12,7 @@ __all__ = [
     "HOSTILE_ADDRESSES",
     "HOSTILE_TEXT",
     "configuration",
+    "emptied",
     "letter",
     "loaded",
     "postsuper",
@@ -30,6 +31,8 @@ minimal_backoff_time = 1h
 maximal_backoff_time = 1h
 enable_long_queue_ids = {long}
 """
+
+_SECONDS = 120.0
 
 # What a terminal obeys, and what postqueue and postcat print themselves.
 HOSTILE_TEXT = "\x1b[2J\x1b]0;own\x07 *** MESSAGE FILE END x *** [red]x[/red]"
@@ -76,7 +79,19 @@ def wait_for_states(postfix: Postfix, **states: int) -> None:
         names = [message["queue_name"] for message in postfix.queue().values()]
         return {name: names.count(name) for name in names} == states
 
-    postfix.wait(settled)
+    postfix.wait(settled, _SECONDS)
+
+
+def emptied(postfix: Postfix) -> Postfix:
+    """Have its queue be empty, whatever a test has left in it."""
+
+    def is_empty() -> bool:
+        # What is on its way from one folder to another stays, and comes again.
+        postfix.delete_all()
+        return not postfix.queue()
+
+    postfix.wait(is_empty, _SECONDS)
+    return postfix
 
 
 def postsuper(postfix: Postfix, option: str, ids: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from tests.postfix_queue import (
     HOSTILE_ADDRESSES,
     HOSTILE_TEXT,
     configuration,
+    emptied,
     letter,
     loaded,
     postsuper,
@@ -47,11 +48,10 @@ def running() -> Iterator[Postfix]:
 
 
 @pytest.fixture
-def postfix(running: Postfix) -> Iterator[Postfix]:
+def postfix(running: Postfix) -> Postfix:
     """A Postfix with a held message and three that are deferred, a hostile one among them."""
-    fill(running)
-    yield running
-    running.delete_all()
+    fill(emptied(running))
+    return running
 
 
 def fill(postfix: Postfix) -> None:
@@ -334,7 +334,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_empty_queue(running: Postfix, tmp_path: Path) -> None:
     """An empty queue is said to be empty."""
-    ini = write_ini(running, tmp_path)
+    ini = write_ini(emptied(running), tmp_path)
     assert done(ini) == "Postfix's queue is empty\n"
     assert told(ini) == []
     assert done(ini, "age").splitlines()[1].split() == ["TOTAL", *["0"] * 11]

@@ -20,6 +20,7 @@ from postoffice.postfix import (
 from tests.postfix import ACCOUNT, Postfix, python_of_account, require_postfix
 from tests.postfix_queue import (
     configuration,
+    emptied,
     letter,
     loaded,
     settings_of,
@@ -38,14 +39,14 @@ def running(request: pytest.FixtureRequest) -> Iterator[Postfix]:
 
 
 @pytest.fixture
-def postfix(running: Postfix) -> Iterator[Postfix]:
+def postfix(running: Postfix) -> Postfix:
     """A Postfix with four deferred messages."""
+    emptied(running)
     for name in ("a", "b", "c"):
         running.send(f"{name}@example.org", [f"{name}@down.test"], letter(name))
     running.send("", ["d@down.test"], letter("d"))
     wait_for_states(running, deferred=4)
-    yield running
-    running.delete_all()
+    return running
 
 
 def by_sender(postfix: Postfix) -> dict[str, Mail]:

@@ -74,7 +74,7 @@ def _print_queues(found: list[QueueStatus]) -> None:
 
 
 def _print_everything(invocation: Invocation, as_json: bool) -> None:
-    """Print what comes before the queues, then them; a depot that fails ends the command as ever."""
+    """Print what comes before the queues, and these; without a depot it ends as ever."""
     from postoffice.cli.daemon_state import daemon_json, tell_daemon
 
     settings = invocation.settings()

@@ -47,6 +47,8 @@ nitpick_ignore_regex = [
         r"py:class",
         r"(BinaryIO|Blob|Buffer|Path|StdlibMessage|TracebackType|email\.message\.Message)",
     ),
+    # Beside such a name Sphinx takes the text of a signature apart at its commas.
+    (r"py:class", r"Callable\[\[\]"),
 ]
 
 

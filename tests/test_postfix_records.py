@@ -46,6 +46,17 @@ def test_a_file_is_read(postcat: Postcat) -> None:
     ]
 
 
+def test_the_time_of_arrival_is_the_first_or_second_record(postcat: Postcat) -> None:
+    """Without the size, as in maildrop, a file is believed; with a second time of arrival, not."""
+    size, arrival, _, *others = records_of()
+    postcat.show("AAAAAA", shown("AAAAAA", [arrival, *others], "maildrop"))
+    postcat.show("BBBBBB", shown("BBBBBB", [arrival, arrival, *others], "maildrop"))
+    postcat.show("CCCCCC", shown("CCCCCC", [size, arrival, arrival, *others]))
+    one, *doubtful = read(postcat, "AAAAAA", "BBBBBB", "CCCCCC")
+    assert (one.fault, one.arrival, one.size) == ("", ARRIVAL, None)
+    assert all("uncertain" in other.fault for other in doubtful)
+
+
 def test_a_header_that_a_milter_changed(postcat: Postcat) -> None:
     """Where a milter has changed a message, its records are followed to where they now are."""
     postcat.show("E69A42FE227", SAMPLE.read_bytes())

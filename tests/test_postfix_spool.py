@@ -156,6 +156,25 @@ def test_a_stopped_postfix_is_read(postfix: Postfix) -> None:
         postfix.start()
 
 
+def test_mail_that_was_submitted_here(postfix: Postfix) -> None:
+    """Mail in maildrop, where its file begins otherwise, is read without a doubt."""
+    postfix.stop()
+    maildrop = postfix.queue_directory / "maildrop"
+    try:
+        postfix.sendmail("local", ["b@down.test", "c@down.test"], letter("submitted"))
+        (name,) = [path.name for path in maildrop.iterdir()]
+        for parse in (False, True):
+            found = {one.qid: one for one in Spool(settings_of(postfix)).mails(parse)}
+            assert found[name].parse_error == ""
+            (listed,) = [mail for mail in loaded(postfix) if mail.qid == name]
+            assert facts(found[name]) == facts(listed)
+        assert found[name].head.Subject == ["submitted"]
+    finally:
+        for path in maildrop.iterdir():
+            path.unlink()
+        postfix.start()
+
+
 def test_without_the_right(postfix: Postfix) -> None:
     """Who may not read the directories is told what would do."""
     program = """

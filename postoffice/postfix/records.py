@@ -307,7 +307,7 @@ def _plainly_chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None
         if label in _ODD:
             if label == b"create_time" and len(records) == 2:
                 low = high = place + 2 + _CREATE_TIME
-            elif label == b"message_arrival_time" and len(records) == 1:
+            elif label == b"message_arrival_time" and _begins_with(records):
                 low, high = place + 3, place + _TIMES
             else:
                 return None
@@ -351,7 +351,7 @@ def _chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
             # The lengths of these are not those of what is shown; for one of a message itself, or
             # of its sender, a forger would be free to choose a place.
             is_fixed = True
-            if label == b"message_arrival_time" and len(records) == 1:
+            if label == b"message_arrival_time" and _begins_with(records):
                 low, high = place + 3, place + _TIMES
             elif label == b"create_time" and not has_sender:
                 low = high = _end(place, _CREATE_TIME)
@@ -377,6 +377,14 @@ def _chained(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]] | None:
         return None
     records.append((label, b""))
     return records
+
+
+def _begins_with(records: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Return whether these are what Postfix writes above the time of arrival.
+
+    That is the size, and nothing in a file of ``maildrop``.
+    """
+    return not records or (len(records) == 1 and records[0][0] == b"message_size")
 
 
 def _end(place: int, length: int) -> int:

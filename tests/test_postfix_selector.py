@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, date, datetime
 
 import pytest
 
@@ -113,3 +113,21 @@ def test_lookups_are_replayed(store: PostqueueStore) -> None:
     assert [mail.qid for mail in selector.reset()] == ["B1", "B2", "B3"]
     assert selector.filters == []
     assert repr(selector) == "<MailSelector: 3 of 3; all>"
+
+
+def test_a_date_is_a_whole_day(store: PostqueueStore) -> None:
+    """A date without a time of day begins with its day, and ends with it."""
+    day, other = date(2026, 11, 21), date(2026, 11, 22)
+    assert len(MailSelector(store).lookup_date(day, day)) == 3
+    assert len(MailSelector(store).lookup_date(stop=date(2026, 11, 20))) == 0
+    assert len(MailSelector(store).lookup_date(other)) == 0
+
+
+def test_a_lookup_that_raises_is_none(store: PostqueueStore) -> None:
+    """What cannot be compared raises, and the selector is as it was."""
+    selector = MailSelector(store).lookup_sender("ann", exact=False)
+    before = list(selector)
+    with pytest.raises(TypeError):
+        selector.lookup_date(datetime(2026, 11, 21, tzinfo=UTC))
+    assert list(selector) == before
+    assert list(selector.replay()) == before

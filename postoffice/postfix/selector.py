@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime, time
 from typing import TYPE_CHECKING, overload
 
 from postoffice.postfix.mail import Mail
@@ -88,8 +88,9 @@ class MailSelector(Sequence[Mail]):
         return self
 
     def _narrow(self, name: str, sought: str, matches: Callable[[Mail], bool]) -> MailSelector:
-        self.filters.append(Lookup(name, sought, matches))
+        # A lookup that raises is none: it would raise in each replay.
         self.mails = [mail for mail in self.mails if matches(mail)]
+        self.filters.append(Lookup(name, sought, matches))
         return self
 
     # -- lookups -----------------------------------------------------------------------------------
@@ -133,20 +134,20 @@ class MailSelector(Sequence[Mail]):
             lambda mail: any(map(matches, mail.head.get_all(header))),
         )
 
-    def lookup_date(
-        self, start: datetime | None = None, stop: datetime | None = None
-    ) -> MailSelector:
+    def lookup_date(self, start: date | None = None, stop: date | None = None) -> MailSelector:
         """Select the messages that arrived at `start` or later, and at `stop` or earlier.
 
-        Both are local time and naive, as ``Mail.date`` is.
+        Both are local time and naive, as ``Mail.date`` is.  A :class:`~datetime.date` that is no
+        :class:`~datetime.datetime` is a whole day: from its beginning, and up to its end.
         """
+        first, last = _moment(start, time.min), _moment(stop, time.max)
         return self._narrow(
             "date",
             f"{start or ''}..{stop or ''}",
             lambda mail: (
                 mail.date is not None
-                and (start is None or start <= mail.date)
-                and (stop is None or mail.date <= stop)
+                and (first is None or first <= mail.date)
+                and (last is None or mail.date <= last)
             ),
         )
 
@@ -162,6 +163,13 @@ class MailSelector(Sequence[Mail]):
 def _items(words: Iterable[str]) -> Iterable[str]:
     """Return the words; a single one may be given as it is."""
     return [words] if isinstance(words, str) else words
+
+
+def _moment(day: date | None, clock: time) -> datetime | None:
+    """Return the time of day of a bare date, and any other moment as it is."""
+    if day is None or isinstance(day, datetime):
+        return day
+    return datetime.combine(day, clock)
 
 
 def _text(sought: str, exact: bool) -> Callable[[str], bool]:

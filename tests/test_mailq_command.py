@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -210,6 +211,12 @@ def test_selection_by_ids(postfix: Postfix, ini: Path) -> None:
         (["--older-than", "soon"], "'soon' is no duration; write seconds, or 5m"),
         (["--size", "5k"], "'5k' is no range of sizes; write 10k..1m"),
         (["--size", "x.."], "'x' is no size"),
+        (["--size", "5m..1k"], "write the smaller one first"),
+        (["--size", "1..0"], "write the smaller one first"),
+        (["--status", "corrupt", "--method", "json"], "--method spool has"),
+        (["--status", "corrupt", "--from-file", "x"], "--method spool has"),
+        (["--error", "x", "--method", "spool"], "hold no errors"),
+        (["delete", "--status", "corrupt"], "postsuper does not act on what is corrupt"),
         (["--sender", ""], "the null sender is <>"),
         (["--header", "Subject"], "write NAME:TEXT"),
         (["--header", ": x"], "write NAME:TEXT"),
@@ -235,7 +242,7 @@ def test_summary(ini: Path) -> None:
     """The summary counts states, sizes, senders, domains and errors, of what is selected."""
     text = done(ini, "summary")
     assert text.startswith("messages    4\nstates      deferred 3, hold 1, active 0\n")
-    for line in ("       2  bulk@example.org", "       1  <>", "       7  down.test"):
+    for line in ("       2  bulk@example.org", "       1  <>", "         7  down.test"):
         assert line in text.splitlines()
     summary = told(ini, "summary", "--sender", "bulk")
     assert summary["total_mails"] == 2
@@ -316,6 +323,34 @@ def test_from_file(tmp_path: Path, name: str) -> None:
     (shown,) = told(ini, "show", mails[0]["id"], "--from-file", file)
     assert shown["headers"] == {}
     assert mails[0]["id"] in done(ini, "show", mails[0]["id"], "--from-file", file)
+
+
+def test_from_standard_input() -> None:
+    """What another machine prints is read from a pipe, by the name of a dash."""
+    words = [sys.executable, "-m", "postoffice.cli", "mailq", "summary", "--from-file", "-"]
+    for name in ("listing.json", "listing.txt"):
+        piped = subprocess.run(
+            words, input=(SAMPLES / name).read_bytes(), capture_output=True, check=False
+        )
+        assert (piped.returncode, piped.stderr) == (0, b"")
+        assert piped.stdout.startswith(b"messages    8\n")
+
+
+def test_domains_of_odd_addresses(tmp_path: Path) -> None:
+    """An address without a domain stands for itself in the table of ages, and has none to sum."""
+    facts = json.loads((SAMPLES / "listing.json").read_text().splitlines()[0])
+    facts["recipients"] = [{"address": one} for one in ("root", "a@", "b@X.test", "c@x.test")]
+    file = tmp_path / "listing"
+    file.write_text(json.dumps(facts))
+    ini = tmp_path / "postoffice.ini"
+    ini.write_text("")
+    rows = told(ini, "age", "--from-file", str(file))
+    assert {row["domain"]: row["total"] for row in rows} == {"root": 1, "a@": 1, "x.test": 2}
+    assert told(ini, "summary", "--from-file", str(file))["top_recipient_domains"] == [
+        ["x.test", 2]
+    ]
+    text = done(ini, "summary", "--from-file", str(file))
+    assert "recipients  recipient domains (1)\n         2  x.test\n" in text
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -467,6 +502,21 @@ def test_an_id_that_is_not_there_stops_the_action(postfix: Postfix, ini: Path) -
     assert postfix.queue() == before
 
 
+def test_corrupt_mail_is_found(postfix: Postfix, ini: Path) -> None:
+    """Mail in corrupt, which no listing has, is listed when that state is asked for."""
+    assert done(ini, "--status", "corrupt") == "no message is selected\n"
+    (one,) = told(ini, "--status", "hold")
+    corrupt = postfix.queue_directory / "corrupt"
+    copy = corrupt / "C0FFEE"
+    shutil.copy(postfix.queue_directory / "hold" / one["id"], copy)
+    try:
+        (found,) = told(ini, "--status", "corrupt")
+        assert (found["id"], found["sender"]) == ("C0FFEE", one["sender"])
+        assert told(ini, "age", "--status", "corrupt")[0]["total"] == 1
+    finally:
+        copy.unlink()
+
+
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
@@ -491,6 +541,17 @@ def test_postfix_is_stopped(postfix: Postfix, ini: Path) -> None:
         assert sorted(one["sender"] for one in json.loads(result.stdout)) == before
     finally:
         postfix.start()
+
+
+def test_postfix_was_never_started(tmp_path: Path) -> None:
+    """Root, who cannot read a Postfix without its directories either, is not sent to root."""
+    require_postfix()
+    postfix = Postfix()
+    try:
+        line = failed(write_ini(postfix, tmp_path), 75)
+        assert line.endswith("; the mail system is down: start it (postfix start)")
+    finally:
+        postfix.remove()
 
 
 def test_output_that_is_cut(tmp_path: Path) -> None:

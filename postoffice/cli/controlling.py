@@ -122,6 +122,10 @@ def _act(
 
     if selection.is_empty is not everything:
         raise click.UsageError("say which messages: by ids or a selection, or else --all")
+    if "corrupt" in selection.statuses:
+        raise click.UsageError(
+            "postsuper does not act on what is corrupt; its file is in corrupt of spool_path"
+        )
     settings = invocation.postfix_settings()
     store = Source().load(settings, selection)
     mails = [mail for mail in selection.apply(store) if action.concerns(mail)]

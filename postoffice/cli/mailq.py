@@ -234,12 +234,13 @@ def mailq_summary_command(
         f"ages        {ages['last_24h']} up to a day, {ages['1_to_4_days_ago']} up to four days, "
         f"{ages['older_than_4_days']} older"
     )
-    for heading, top, unique in (
-        ("senders", "top_senders", "unique_senders"),
-        ("sender domains", "top_sender_domains", "unique_sender_domains"),
-        ("recipients", "top_recipients", "unique_recipients"),
-        ("recipient domains", "top_recipient_domains", "unique_recipient_domains"),
-        ("errors", "top_errors", None),
+    for counted, heading, top, unique in (
+        ("messages", "senders", "top_senders", "unique_senders"),
+        ("messages", "sender domains", "top_sender_domains", "unique_sender_domains"),
+        ("messages", "recipients", "top_recipients", "unique_recipients"),
+        # A message to two of a domain is two here, as in the table of ages.
+        ("recipients", "recipient domains", "top_recipient_domains", "unique_recipient_domains"),
+        ("messages", "errors", "top_errors", None),
     ):
         found = summary[top]
         if not found:
@@ -247,7 +248,7 @@ def mailq_summary_command(
         there_are = "" if unique is None else f" ({summary[unique]})"
         say("")
         print_table(
-            (Column("messages", right=True), Column(f"{heading}{there_are}", share=1)),
+            (Column(counted, right=True), Column(f"{heading}{there_are}", share=1)),
             [[str(number), text or "<>"] for text, number in found],
         )
 
@@ -356,6 +357,6 @@ def _ages(mails: Sequence[Mail], by: str, now: datetime) -> Mapping[str, list[in
         age = timedelta() if mail.date is None else now - mail.date
         column = sum(age >= timedelta(minutes=limit) for limit in _AGES)
         for address in [mail.sender] if by == "sender" else mail.recipients:
-            domain = address.rpartition("@")[2].lower() if address else "<>"
+            domain = (address.rpartition("@")[2] or address).lower() or "<>"
             found.setdefault(domain, [0] * len(_AGE_NAMES))[column] += 1
     return dict(sorted(found.items(), key=lambda item: (-sum(item[1]), item[0])))

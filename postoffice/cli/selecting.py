@@ -23,7 +23,10 @@ _EX_NOINPUT = 66
 _EX_UNAVAILABLE = 69
 _NULL_SENDER = "<>"
 _STATES = ("active", "deferred", "hold", "incoming", "maildrop", "corrupt")
+_CORRUPT = "corrupt"
 _METHODS = ("json", "postqueue", "spool")
+_DASH = Path("-")
+_STANDARD_INPUT = Path("/dev/stdin")
 _FIELD = re.compile(r"([!-9;-~]+):[ \t]*(.*)", re.DOTALL)
 # As many years as no mail waits; an earlier time has no date.
 _LONGEST = 100 * 365 * 86400
@@ -46,9 +49,12 @@ def _size_range(text: str) -> tuple[int, int | None]:
         raise click.BadParameter(f"{text!r} is no range of sizes; write 10k..1m, 1m.. or ..500k")
     try:
         # In the configuration 0 is no limit; here it is one.
-        return (size(least) or 0 if least else 0, size(most) or 0 if most else None)
+        smallest, largest = size(least) or 0 if least else 0, size(most) or 0 if most else None
     except Fault as error:
         raise click.BadParameter(f"{error.fault}; {error.mend}") from error
+    if largest is not None and largest < smallest:
+        raise click.BadParameter(f"no size is in {text!r}; write the smaller one first")
+    return smallest, largest
 
 
 def _field(text: str) -> tuple[str, str]:
@@ -86,9 +92,11 @@ class Source:
         if self.file is not None and (self.method is not None or selection.headers):
             option = "--method" if self.method is not None else "--header"
             raise click.UsageError(f"{option} asks our Postfix, which --from-file does not")
+        method = self._method_for(selection)
+        file = _STANDARD_INPUT if self.file == _DASH else self.file
         store = PostqueueStore(settings)
         try:
-            store.load(self.method, self.file, parse=bool(selection.headers))
+            store.load(method, file, parse=bool(selection.headers))
         except OSError as error:
             if self.file is None:
                 raise
@@ -98,6 +106,19 @@ class Source:
         if selection.headers:
             _complain_of_unread(store.mails)
         return store
+
+    def _method_for(self, selection: Selection) -> str | None:
+        """Return a method that tells what is asked for: nothing found would be no answer."""
+        method = self.method
+        if _CORRUPT in selection.statuses:
+            if self.file is not None or method not in (None, "spool"):
+                raise click.UsageError(
+                    "no listing of Postfix's has what is corrupt; --method spool has"
+                )
+            method = "spool"
+        if method == "spool" and selection.errors:
+            raise click.UsageError("the queue directories, by --method spool, hold no errors")
+        return method
 
 
 def _complain_of_unread(mails: list[Mail]) -> None:
@@ -280,6 +301,7 @@ _SOURCES: tuple[Callable[[Any], Any], ...] = (
         "file",
         metavar="FILE",
         type=click.Path(path_type=Path, readable=False),
-        help="Read what postqueue -j, postqueue -p or mailq has printed, elsewhere or earlier.",
+        help="Read what postqueue -j, postqueue -p or mailq has printed, elsewhere or earlier;"
+        " - is standard input.",
     ),
 )

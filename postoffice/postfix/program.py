@@ -257,9 +257,9 @@ def failure(words: Sequence[str], status: int, said: str) -> PostfixError:
             " authorized_mailq_users and alternate_config_directories in main.cf"
         )
     if "mail system is down" in lowered:
-        return PostfixDown(
-            f"{what}; the mail system is down: start it (postfix start), or ask as root"
-        )
+        # Root is served without it, and is told of that first; so what failed is not the asking.
+        otherwise = "" if "accessing queue directly" in lowered else ", or ask as root"
+        return PostfixDown(f"{what}; the mail system is down: start it (postfix start){otherwise}")
     ended = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return PostfixError(f"{name} {ended}: {what or 'it said nothing; see the log of Postfix'}")
 

@@ -298,7 +298,7 @@ def _domains(addresses: Counter[str]) -> Counter[str]:
     found: Counter[str] = Counter()
     for address, count in addresses.items():
         _, at, domain = address.rpartition("@")
-        if at:
+        if at and domain:
             found[domain.lower()] += count
     return found
 

@@ -212,6 +212,7 @@ def test_selection_by_ids(postfix: Postfix, ini: Path) -> None:
         (["--size", "5k"], "'5k' is no range of sizes; write 10k..1m"),
         (["--size", "x.."], "'x' is no size"),
         (["--size", "5m..1k"], "write the smaller one first"),
+        (["--older-than", "2h", "--newer-than", "1h"], "nothing is older than"),
         (["--size", "1..0"], "write the smaller one first"),
         (["--status", "corrupt", "--method", "json"], "--method spool has"),
         (["--status", "corrupt", "--from-file", "x"], "--method spool has"),
@@ -500,6 +501,23 @@ def test_an_id_that_is_not_there_stops_the_action(postfix: Postfix, ini: Path) -
     line = failed(ini, 69, "delete", next(iter(before)), "ABCDEF", "--yes")
     assert line == "postoffice: no message ABCDEF in Postfix's queue"
     assert postfix.queue() == before
+
+
+def test_messages_that_leave_before_the_action(tmp_path: Path) -> None:
+    """A command that can do nothing of what it was to do says so, and its status is 75."""
+    line = (
+        '{"queue_name":"deferred","queue_id":"ABCDEF12","arrival_time":1750000000,'
+        '"message_size":9,"sender":"a@b.test","recipients":[{"address":"c@d.test"}]}'
+    )
+    command = tmp_path / "postqueue"
+    # What is asked again finds the queue empty.
+    command.write_text(f"#!/bin/sh\n[ -e {tmp_path}/asked ] || echo '{line}'\n>{tmp_path}/asked\n")
+    command.chmod(0o755)
+    ini = tmp_path / "postoffice.ini"
+    ini.write_text(f"[postfix]\nlist_queue = {command}\n")
+    result = run(ini, "hold", "ABCDEF12", "--yes")
+    assert (result.exit_code, result.stdout) == (75, "0 messages held\n")
+    assert result.stderr == "postoffice: 1 message left the queue before: ABCDEF12\n"
 
 
 def test_corrupt_mail_is_found(postfix: Postfix, ini: Path) -> None:

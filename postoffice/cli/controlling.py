@@ -12,6 +12,7 @@ from postoffice.cli.invocation import Invocation, pass_invocation, shared_option
 from postoffice.cli.mailq import print_mails
 from postoffice.cli.output import complain, count, say, size
 from postoffice.cli.selecting import Selection, Source, selection_options
+from postoffice.exceptions import EX_TEMPFAIL
 
 if TYPE_CHECKING:
     from postoffice.postfix import Mail, Outcome
@@ -140,8 +141,9 @@ def _act(
         complain(f"nothing was {action.participle}")
         return 1
     act: Callable[[list[Mail]], Outcome] = getattr(QueueControl(settings), action.name)
-    _tell(action, act(mails))
-    return 0
+    outcome = act(mails)
+    _tell(action, outcome)
+    return 0 if outcome.done else EX_TEMPFAIL
 
 
 def _question(action: _Action, mails: list[Mail]) -> str:

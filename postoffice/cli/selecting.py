@@ -109,6 +109,9 @@ class Source:
 
     def _method_for(self, selection: Selection) -> str | None:
         """Return a method that tells what is asked for: nothing found would be no answer."""
+        older, newer = selection.older_than, selection.newer_than
+        if older is not None and newer is not None and older > newer:
+            raise click.UsageError("nothing is older than --older-than and newer than --newer-than")
         method = self.method
         if _CORRUPT in selection.statuses:
             if self.file is not None or method not in (None, "spool"):

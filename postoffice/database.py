@@ -168,7 +168,7 @@ def _open_served(uri: str, address: str, seconds: float | None, *, read_only: bo
     with explained(uri), ExitStack() as opened:
         storage = client_of(address, blob_folder(uri), seconds, read_only=read_only)
         opened.callback(storage.close)
-        database = DB(storage, **options)
+        database = _database(storage, options)
         opened.pop_all()
         return database
 

@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -17,6 +18,7 @@ from postoffice import database
 from postoffice.database import DatabaseMissing, open_database, open_for_inspection, open_soon
 from postoffice.exceptions import DepotMisconfigured, DepotUnavailable, TemporaryError
 from tests.depots import file_depot, sqlite_depot, zeo_depot
+from tests.file_server import FileServer
 from tests.postgresql import PASSWORD, USER, PostgreSQL, ServerMissing, shared_server
 from tests.zeo_server import ZeoServer
 
@@ -259,3 +261,22 @@ def test_several_who_open_a_database_that_is_empty(tmp_path: Path) -> None:
         server = ZeoServer(folder, folder / "z")
         with server, ThreadPoolExecutor(4) as pool:
             assert list(pool.map(look, range(4))) == [0] * 4
+
+
+def test_several_who_open_a_new_file_that_is_served(tmp_path: Path) -> None:
+    """Who opens a served file while another one makes its root waits for that, and has it too."""
+
+    def look(uri: str, all_here: Barrier) -> int:
+        all_here.wait()
+        opened = open_database(uri)
+        try:
+            with opened.transaction() as connection:
+                return len(connection.root())
+        finally:
+            opened.close()
+
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with FileServer(folder) as server, ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(look, [server.uri] * 4, [Barrier(4)] * 4)) == [0] * 4

@@ -84,6 +84,7 @@ class PostOffice:
         self.settings = settings
         self._opener = opener
         self._database: Any = None
+        self._told_strays: set[str] = set()
         self.log = logging.getLogger("postoffice")
 
     def __enter__(self) -> PostOffice:
@@ -163,7 +164,9 @@ class PostOffice:
             for name in wanted:
                 folder.get(name).set_policy(self.settings.policies[name])
             for name in folder.names():
-                if name not in wanted:
+                if name not in wanted and name not in self._told_strays:
+                    # Once is enough, however often a storage that fails is opened anew.
+                    self._told_strays.add(name)
                     self.log.warning(
                         "queue %r is not in %s any more; `postoffice queues remove` removes it",
                         name,

@@ -21,4 +21,12 @@ def printable(text: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return an error's text in one printable line; the error's class where it has no text."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    return printable(" ".join(_text(error).split())) or type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    args = error.args
+    # What ZEO has for an error of its server's: the name of the class, and the arguments.
+    if type(error).__module__ == "ZEO.Exceptions" and len(args) == 2 and isinstance(args[1], tuple):
+        return " ".join(str(arg) for arg in args[1] if not isinstance(arg, int)) or str(args[0])
+    return str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,6 +267,39 @@ def test_told_to_stop_in_the_middle(place: Place) -> None:
         wait_until(lambda: not place.spool.waiting())
         assert place.subjects() == names
         assert serving.stop() == 0
+
+
+def test_interrupted_at_a_terminal(place: Place) -> None:
+    """An interrupt, which a terminal sends to all processes, ends the storage last."""
+    for number in range(500):
+        place.drop(f"{number:03}")
+    with place.serve(start_new_session=True) as serving, Client(place.socket) as client:
+        client.greet()
+        assert client.begin("ann@example.org", [BILLING])[-1] == "354"
+        os.killpg(serving.process.pid, signal.SIGINT)
+        wait_until(lambda: "spool stopped" in serving.said)
+        client.send(crlf(mail("in hand")) + b".\r\n")
+        assert client.codes(1) == [STORED]
+        assert serving.process.wait(60) == 0
+        ends = re.findall(r"INFO (\w+) stopped", serving.said)
+        assert ends == ["spool", "lmtp", "storage", "serve"]
+
+
+def test_a_queue_too_many_is_told_once(place: Place) -> None:
+    """Who opens the database again and again tells of a queue without a section once."""
+    with place.serve() as serving:
+        assert serving.stop() == 0
+    place.spool.configure(place.options(), QUEUES.partition("[queue:sales]")[0])
+    new, away = place.spool.maildir / "new", place.folder / "away"
+    with place.serve() as serving:
+        for _ in range(2):
+            new.rename(away)
+            serving.wait_until("spool", "failing")
+            away.rename(new)
+            serving.wait_until("spool", "running")
+        assert serving.stop() == 0
+        # One of each part that opens it.
+        assert serving.said.count("queue 'sales' is not in") == 2
 
 
 def test_the_maildir_goes_and_comes_back(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import logging
 import os
@@ -23,11 +24,13 @@ import transaction
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
 from ZEO.ClientStorage import ClientStorage
+from ZEO.Exceptions import ServerException
 from ZODB.blob import Blob
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
 from postoffice.database import DatabaseMissing, open_database, open_for_inspection, open_soon
+from postoffice.display import one_line
 from postoffice.exceptions import DepotUnavailable
 from postoffice.packing import Packing
 from postoffice.storage_server import save_index
@@ -543,6 +546,13 @@ def test_a_server_whose_disk_fails_ends(server: FileServer, folder: Path) -> Non
                     transaction.abort()
             connection.close()
     assert {"good", "later"} <= names(server.uri)
+
+
+def test_what_a_server_met_is_said_in_its_words() -> None:
+    """An error that a server sends its client is told by its text, and not as a tuple."""
+    met = ServerException("builtins.OSError", (errno.ENOSPC, "No space left on device"))
+    assert one_line(met) == "No space left on device"
+    assert one_line(ServerException("builtins.MemoryError", ())) == "builtins.MemoryError"
 
 
 IMPATIENT = """

@@ -126,7 +126,8 @@ def _open_served(uri: str, path: str) -> Any:
 
 
 def _import_spool(settings: Settings, health: Health) -> None:
-    SpoolPart(lambda: _post_office(settings), str(settings.maildir), health).run()
+    post_office = _post_office(settings)
+    SpoolPart(lambda: post_office, str(settings.maildir), health).run()
 
 
 def _serve_lmtp(settings: Settings, health: Health, listening: socket.socket | None) -> None:

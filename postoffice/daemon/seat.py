@@ -232,7 +232,9 @@ def _be(
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        # A terminal that is closed is the daemon's business.
+        # What a terminal sends to all of its processes is the daemon's business: it stops the
+        # storage last.
+        os.setpgid(0, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for descriptor in others:
             os.close(descriptor)

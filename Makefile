@@ -9,7 +9,8 @@ DEVELOPMENT := $(VENV)/development.stamp
 
 DEMO := demo/run.py
 BENCHMARKS := benchmarks/import.py benchmarks/consume.py benchmarks/bodies.py \
-    benchmarks/concurrency.py benchmarks/growth.py benchmarks/lmtp.py benchmarks/mailq.py
+    benchmarks/concurrency.py benchmarks/growth.py benchmarks/lmtp.py benchmarks/mailq.py \
+    benchmarks/readiness.py
 DOCS := build/docs
 
 .DEFAULT_GOAL := help

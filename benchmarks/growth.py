@@ -81,7 +81,7 @@ def add(queue: Queue, number: int) -> int:
         "subject": f"number {number}",
         "message_id": f"<{number}@example.net>",
     }
-    return queue.add_entry(values, raw)
+    return queue.add_entry(values, raw).id
 
 
 def build(uri: str, size: int) -> list[int]:

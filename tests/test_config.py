@@ -1144,6 +1144,14 @@ def test_a_file_is_served_elsewhere(folder: Folder, value: str) -> None:
     assert settings.zeo_listen == UnixPlace(folder.path / "depot.zeo", 0o600, os.getgid())
 
 
+@pytest.mark.parametrize("value", ["8100", "127.0.0.1:8100", "[::1]:8100", "db.example.com:8100"])
+def test_a_file_is_served_at_no_port(folder: Folder, value: str) -> None:
+    """Who names a port does not get a unix socket with that name."""
+    error = folder.main_fault(f"zeo_listen = {value}")
+    assert error.option == "zeo_listen"
+    assert error.fault == f"{value!r} is a port, and only a unix socket will do"
+
+
 @pytest.mark.parametrize("value", ["none", "None ; not now"])
 def test_a_file_is_not_served(folder: Folder, value: str) -> None:
     """The word none switches it off."""

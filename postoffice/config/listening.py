@@ -99,8 +99,10 @@ def socket_place(text: str, here: str) -> UnixPlace:
     """Return the unix socket that ``unix:PATH``, or a path, names.
 
     :param here: the folder that a relative path is relative to.
-    :raises Fault: no socket can be there.
+    :raises Fault: it is a port, or no socket can be there.
     """
+    if text.isdigit() or _PORT_AT_END.fullmatch(text):
+        raise Fault(f"{text!r} is a port, and only a unix socket will do", "write unix:PATH")
     return UnixPlace(_socket_path(text.removeprefix("unix:").strip(), here))
 
 

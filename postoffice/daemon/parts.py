@@ -112,7 +112,8 @@ def _open_served(uri: str, path: str) -> Any:
     until = time.monotonic() + _OPENING_SECONDS
     while look(name) is not Presence.LISTENING:
         if time.monotonic() >= until:
-            raise DepotUnavailable(f"database {path}: its server does not run")
+            # Without its index a large file takes a while.
+            raise DepotUnavailable(f"database {path}: its server is still opening it, or is away")
         time.sleep(_STEP_SECONDS)
     database = open_soon(uri)
     if not is_served(database):

@@ -127,6 +127,16 @@ def test_it_says_how_it_is(place: Place, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "daemon: not running\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root works beside another user's files")
+def test_root_is_warned(place: Place) -> None:
+    """Root is told whose files are about to be joined by root's own."""
+    os.chown(place.spool.maildir, 65534, -1)
+    with place.serve() as serving:
+        line = f"WARNING serve runs as root, and {place.spool.maildir} belongs to user 65534"
+        assert serving.said.count(line) == 1
+        assert serving.stop() == 0
+
+
 def test_systemd_is_told(place: Place) -> None:
     """Readiness, the state in a line, signs of life, a reload and the end are told as systemd asks.
 

@@ -476,6 +476,20 @@ def test_a_failure_is_temporary(
     assert frail.raws("sales") == [raw]
 
 
+def test_a_rehearsal(frail: Counter, storage: Storage) -> None:
+    """A rehearsal shows whether a commit would go well, and leaves nothing behind."""
+    frail.told(frail.consignment(mail("before")))
+    size, last = storage.getSize(), storage.lastTransaction()
+    frail.deposit.rehearse()
+    storage.voting = [OSError(28, "No space left on device")]
+    with pytest.raises(OSError, match="No space left"):
+        frail.deposit.rehearse()
+    frail.deposit.rehearse()
+    assert (storage.getSize(), storage.lastTransaction()) == (size, last)
+    assert frail.told(frail.consignment(mail("after"))) == [[QUEUED]]
+    assert frail.raws() == [mail("before"), mail("after")]
+
+
 def blobs(counter: Counter) -> list[str]:
     """Return the paths of the files in the folder of blobs, but for its marker."""
     folder = counter.spool.folder / "blobs"

@@ -19,6 +19,7 @@ from postoffice.daemon.parts import LMTP, STORAGE, Part, parts_of, refuse_unserv
 from postoffice.daemon.readiness import Notifier
 from postoffice.daemon.seat import SIGNALS, Process, Seat
 from postoffice.daemon.state import DaemonRuns, DaemonState, StateFile, state_place
+from postoffice.database_uri import database_file
 from postoffice.display import one_line
 from postoffice.exceptions import PostofficeError
 from postoffice.intake.maildir import make_maildir
@@ -80,6 +81,7 @@ class Daemon:
 
         :raises DaemonRuns: another daemon serves this configuration.
         """
+        _warn_root(self._settings)
         self._open_state()
         with suppress(OSError):
             # Later it is the administrator's: if it goes, it is waited for.
@@ -340,6 +342,23 @@ class Daemon:
         for process in self._leaving:
             process.end(_GRACE_SECONDS)
         self._state_file.close()
+
+
+def _warn_root(settings: Settings) -> None:
+    """Warn root: what it makes beside another user's files, that user could not write."""
+    path = database_file(settings.zodb_uri)
+    folders = [str(settings.maildir), *([] if path is None else [os.path.dirname(path)])]
+    for folder in folders:
+        # What is not there yet belongs to nobody else.
+        with suppress(OSError):
+            owner = os.stat(folder).st_uid
+            if owner and not os.geteuid():
+                log.warning(
+                    "serve runs as root, and %s belongs to user %d, who could not go on with what "
+                    "root makes there: let that user run it",
+                    folder,
+                    owner,
+                )
 
 
 def _end_of(code: int) -> str:

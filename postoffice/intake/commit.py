@@ -9,10 +9,14 @@ from transaction.interfaces import NoTransaction, TransientError
 from ZODB.POSException import POSError
 
 from postoffice.delivery import Intake
+from postoffice.depot.entry import Body
 
-__all__ = ["commit", "give_up"]
+__all__ = ["commit", "give_up", "rehearse"]
 
 log = logging.getLogger("postoffice")
+
+# Bytes: more than most messages have.
+_REHEARSED_SIZE = 1 << 18
 
 
 def commit(manager: Any) -> None:
@@ -31,6 +35,54 @@ def commit(manager: Any) -> None:
     except Exception as error:
         # ZODB asserts that it could make a folder for a blob, which a full disk forbids.
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def rehearse(manager: Any, connection: Any) -> None:
+    """Take a message's commit up to its last step, and back: nothing of it stays.
+
+    That shows whether a database that failed can be written to again, before a message does.
+
+    :param manager: the transaction manager of the connection, which has no transaction.
+    :raises transaction.interfaces.TransientError: as :func:`commit`.
+    :raises ZODB.POSException.POSError: likewise.
+    :raises OSError: likewise.
+    """
+    manager.begin()
+    try:
+        connection.add(Body(bytes(_REHEARSED_SIZE)))
+        manager.get().join(_Curtain(manager))
+        commit(manager)
+    except _Rehearsed:
+        log.debug("a commit went well up to its last step")
+    finally:
+        manager.abort()
+
+
+class _Rehearsed(TransientError):  # type: ignore[misc]  # transaction has no types
+    """All but the last step went well."""
+
+
+class _Curtain:
+    """Ends a transaction when all others in it have voted."""
+
+    def __init__(self, manager: Any) -> None:
+        self.transaction_manager = manager
+
+    def sortKey(self) -> str:
+        """Come behind the database."""
+        return "~postoffice"
+
+    def tpc_vote(self, transaction: object) -> None:
+        """Vote against.
+
+        :raises _Rehearsed: always.
+        """
+        raise _Rehearsed
+
+    def _nothing(self, transaction: object) -> None:
+        """Have no part in this step."""
+
+    abort = commit = tpc_begin = tpc_finish = tpc_abort = _nothing
 
 
 def give_up(manager: Any, intake: Intake) -> None:

@@ -37,7 +37,7 @@ from postoffice.exceptions import (
     TemporaryError,
 )
 from postoffice.intake.archive import Archive, Failure, local_day
-from postoffice.intake.commit import commit, give_up
+from postoffice.intake.commit import commit, give_up, rehearse
 from postoffice.intake.consignment import Consignment
 from postoffice.intake.conversation import Reply
 from postoffice.intake.report import report
@@ -104,6 +104,10 @@ class Deposit:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def rehearse(self) -> None:
+        """See whether messages can be stored: see :func:`postoffice.intake.commit.rehearse`."""
+        rehearse(self._manager, self._connection)
 
     def store(self, consignments: Sequence[Consignment]) -> list[list[Reply]]:
         """Store some messages; return for each the replies to its recipients.

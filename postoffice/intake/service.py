@@ -40,6 +40,7 @@ _GATHER_SECONDS = 0.003
 _MOST_AT_ONCE = 200
 _PATIENCE_MILLISECONDS = 1000
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 10.0
+_FIRST_REHEARSAL = 1.0
 _SOUND_SECONDS = 60.0
 _UPKEEP_SECONDS = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -78,6 +79,8 @@ class Service:
         self._opens_at = 0.0
         self._opening_delay = _FIRST_DELAY
         self._fails = False
+        self._rehearses_at = 0.0
+        self._rehearsal_delay = _FIRST_REHEARSAL
         self._waits = False
         self._upkeep = upkeep
         self._upkeep_at = 0.0
@@ -204,7 +207,21 @@ class Service:
         self._upkeep_at = now + _UPKEEP_SECONDS
         if self._waits:
             self._opened()
+        elif self._fails and now >= self._rehearses_at:
+            self._rehearse()
         self._upkeep()
+
+    def _rehearse(self) -> None:
+        """See whether messages can be stored again, if none comes that would show it."""
+        deposit = self._opened()
+        if deposit is None:
+            return
+        try:
+            deposit.rehearse()
+        except (PostofficeError, POSError, TransientError, OSError) as error:
+            self._fail(one_line(error))
+        else:
+            self._recover()
 
     def _store(self, consignments: Sequence[Consignment]) -> list[list[Reply]]:
         deposit = self._opened()
@@ -214,16 +231,22 @@ class Service:
         if deposit.failed:
             self._fail(deposit.reason)
         elif self._fails:
-            self._fails = False
-            log.warning("messages are stored again")
-            self._health.well()
+            self._recover()
         return replies
+
+    def _recover(self) -> None:
+        self._fails = False
+        self._rehearsal_delay = _FIRST_REHEARSAL
+        log.warning("messages can be stored again")
+        self._health.well()
 
     def _fail(self, reason: str) -> None:
         # Once is enough, however many messages come in an hour.
         level = logging.DEBUG if self._fails else logging.ERROR
         log.log(level, "nothing can be stored now: %s", reason)
         self._fails = True
+        self._rehearses_at = time.monotonic() + self._rehearsal_delay
+        self._rehearsal_delay = min(2 * self._rehearsal_delay, _LONGEST_DELAY)
         self._health.ill(reason)
         self._close()
 

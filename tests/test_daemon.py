@@ -132,7 +132,7 @@ def test_root_is_warned(place: Place) -> None:
     """Root is told whose files are about to be joined by root's own."""
     os.chown(place.spool.maildir, 65534, -1)
     with place.serve() as serving:
-        line = f"WARNING serve runs as root, and {place.spool.maildir} belongs to user 65534"
+        line = f"WARNING serve as-root: {place.spool.maildir} belongs to user 65534, "
         assert serving.said.count(line) == 1
         assert serving.stop() == 0
 

@@ -354,8 +354,8 @@ def _warn_root(settings: Settings) -> None:
             owner = os.stat(folder).st_uid
             if owner and not os.geteuid():
                 log.warning(
-                    "serve as-root: %s belongs to user %d, who could not go on with what root makes "
-                    "there; let that user run it",
+                    "serve as-root: %s belongs to user %d, who could not go on with what root "
+                    "makes there; let that user run it",
                     folder,
                     owner,
                 )

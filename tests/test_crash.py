@@ -26,6 +26,7 @@ from ZODB.FileStorage import FileStorage
 from postoffice.depot.folder import make_folder
 from postoffice.exceptions import PostofficeError
 from postoffice.queue import BLOB_SIZE, find_queue
+from tests import disks
 from tests.crash_import import BUSY, DEFECT, FAILED, ImportServer
 from tests.spools import FILE_STORAGE, Spool, Stored, digest, large, mail, other_file_system
 
@@ -653,16 +654,9 @@ def test_a_commit_that_failed_late(tmp_path: Path, server: ImportServer) -> None
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    if os.geteuid():
-        pytest.skip("only root can mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "postoffice-test", str(disk)], check=True
-    )
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    """A disk that is soon full."""
+    with disks.small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("what", ["database", "blobs", "archive"])
@@ -684,7 +678,7 @@ def test_a_full_disk(tmp_path: Path, server: ImportServer, small_disk: Path, wha
         ended = server.run(spool.ini)
         assert ended.status == FAILED, ended.output
         assert "No space left" in ended.output
-    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    disks.enlarge(small_disk)
     stored = again(spool)
     assert stored.queues["all"] == expected
     assert stored.archived == expected

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from postoffice.database import blob_folder, open_database
 from postoffice.delivery import oversize_message
 from postoffice.depot.folder import find_folder
 from postoffice.queue import BLOB_SIZE, Queue
+from tests import disks
 from tests.crash_delivery import (
     LARGEST,
     POST,
@@ -475,21 +475,9 @@ def test_sweep_of_the_service(
 
 @pytest.fixture
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    if os.geteuid():
-        pytest.skip("only root can mount a small file system")
-    disk = folder / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "postoffice-test", str(disk)], check=True
-    )
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def enlarge(disk: Path) -> None:
-    """Give a small disk room."""
-    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    """A disk that is soon full."""
+    with disks.small_disk(folder / "disk") as disk:
+        yield disk
 
 
 def office_on(disk: Path, folder: Path, what: str) -> tuple[Office, list[Posted]]:
@@ -522,7 +510,7 @@ def test_a_full_disk_under_a_pipe(
     statuses = {post.name: server.deliver(office.ini, post).status for post in posts}
     assert set(statuses.values()) == {0, TEMPORARY}
     rest = [post for post in posts if statuses[post.name]]
-    enlarge(small_disk)
+    disks.enlarge(small_disk)
     assert office.kept() == expected([post for post in posts if post not in rest])
     assert {server.deliver(office.ini, post).status for post in rest} == {0}
     assert office.kept() == expected(posts)
@@ -541,7 +529,7 @@ def test_a_full_disk_under_the_service(
             codes |= send(service.address, waiting(posts, codes))
             assert {code[:3] for code in codes.values()} <= {"250", "451", "452"}
             assert waiting(posts, codes)
-        enlarge(small_disk)
+        disks.enlarge(small_disk)
         codes |= send(service.address, waiting(posts, codes))
         assert not waiting(posts, codes), service.said
         ended = service.end()

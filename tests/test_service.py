@@ -24,6 +24,7 @@ from postoffice.intake import handover
 from postoffice.intake.archive import local_day
 from postoffice.queue import BLOB_SIZE
 from tests.deposits import ANN, BILLING, QUEUES, SALES
+from tests.disks import small_disk
 from tests.lmtp_client import Client
 from tests.lmtp_service import NAP_SECONDS, Running, crlf, is_alive, wait_until
 from tests.spools import FILE_STORAGE, Spool, digest, large, mail
@@ -415,25 +416,12 @@ def test_a_start_without_the_database(tmp_path: Path) -> None:
         assert wanted in line
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    if os.geteuid():
-        pytest.skip("only root can mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "postoffice-test", str(disk)], check=True
-    )
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def test_a_full_disk_that_is_freed(tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_that_is_freed(tmp_path: Path) -> None:
     """Once there is room again it is noticed and said, though no message comes meanwhile."""
-    waste = small_disk / "waste"
-    uri = f"file://{small_disk}/depot.fs?blobstorage_dir={small_disk}/blobs"
-    with Running(*site(tmp_path, uri=uri), quiet=True) as service:
+    disk = tmp_path / "disk"
+    waste = disk / "waste"
+    uri = f"file://{disk}/depot.fs?blobstorage_dir={disk}/blobs"
+    with small_disk(disk), Running(*site(tmp_path, uri=uri), quiet=True) as service:
         waste.write_bytes(b"x" * 900_000)
         assert service.deliver(big("one", 200_000), BILLING) == ["451 4.3.0"]
         said = "ERROR nothing can be stored now: "
@@ -446,7 +434,7 @@ def test_a_full_disk_that_is_freed(tmp_path: Path, small_disk: Path) -> None:
         assert service.said.count(said) == 1
         assert service.deliver(big("one", 200_000), BILLING) == [STORED]
         assert service.stop() == 0
-    assert service.raws() == [big("one", 200_000)]
+        assert service.raws() == [big("one", 200_000)]
 
 
 def test_the_archive_expires(tmp_path: Path) -> None:

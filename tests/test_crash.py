@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 
 from postoffice.depot.folder import make_folder
-from postoffice.exceptions import PostofficeError
+from postoffice.exceptions import DepotUnavailable, PostofficeError
 from postoffice.queue import BLOB_SIZE, find_queue
 from tests import disks
 from tests.crash_import import BUSY, DEFECT, FAILED, ImportServer
@@ -683,6 +684,42 @@ def test_a_full_disk(tmp_path: Path, server: ImportServer, small_disk: Path, wha
     assert stored.queues["all"] == expected
     assert stored.archived == expected
     assert not stored.left
+
+
+def test_what_fits_goes_past_what_does_not(tmp_path: Path, small_disk: Path) -> None:
+    """A message that is too large for the rest of the disk does not stop those behind it."""
+    uri = f"file://{small_disk}/depot.fs?blobstorage_dir={small_disk}/blobs"
+    spool = Spool(tmp_path / "site", uri=uri)
+    big = large("big", 1_400_000)
+    small = [mail(f"small {number}") for number in range(3)]
+    for number, raw in enumerate([small[0], big, *small[1:]]):
+        spool.put(raw, f"{number}", second=number)
+    with pytest.raises(DepotUnavailable, match="No space left"):
+        spool.run()
+    assert spool.raws() == small
+    assert spool.waiting() == ["new/1"]
+    with pytest.raises(DepotUnavailable, match="No space left"):
+        spool.run()
+    disks.enlarge(small_disk)
+    spool.run()
+    assert spool.raws() == [*small, big]
+    assert spool.waiting() == []
+
+
+def test_no_room_at_all(tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On a disk that has no room for anything the import ends soon, whatever waits."""
+    uri = f"file://{small_disk}/depot.fs?blobstorage_dir={small_disk}/blobs"
+    spool = Spool(tmp_path / "site", uri=uri)
+    spool.put(mail("first"))
+    spool.run()
+    names = [f"new/{spool.put(large(f'{number}', 1_100_000)).name}" for number in range(30)]
+    with caplog.at_level(logging.INFO), pytest.raises(DepotUnavailable, match="No space left"):
+        spool.run()
+    assert caplog.text.count(" waits: ") == 20
+    assert sorted(spool.waiting()) == sorted(names)
+    disks.enlarge(small_disk)
+    spool.run()
+    assert len(spool.raws()) == 31
 
 
 def test_a_full_disk_cuts_no_message_short(small_disk: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
 from transaction.interfaces import NoTransaction, TransientError
+from ZEO.Exceptions import ServerException
 from ZODB.POSException import POSError
 
 from postoffice.delivery import Intake
 from postoffice.depot.entry import Body
 
-__all__ = ["commit", "give_up", "rehearse"]
+__all__ = ["commit", "give_up", "lacks_room", "rehearse"]
 
 log = logging.getLogger("postoffice")
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Bytes: more than most messages have.
 _REHEARSED_SIZE = 1 << 18
 
@@ -35,6 +38,21 @@ def commit(manager: Any) -> None:
     except Exception as error:
         # ZODB asserts that it could make a folder for a blob, which a full disk forbids.
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Tell whether a failure comes of a disk without room, this machine's or a ZEO server's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return True
+        # What ZEO has for an error of its server's: the name of the class, and the arguments.
+        if isinstance(cause, ServerException) and len(cause.args) == 2:
+            name, values = cause.args
+            if name == "builtins.OSError" and values and values[0] in _NO_ROOM:
+                return True
+        cause = cause.__cause__
+    return False
 
 
 def rehearse(manager: Any, connection: Any) -> None:

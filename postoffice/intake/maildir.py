@@ -41,7 +41,7 @@ from postoffice.depot.folder import QueuesFolder
 from postoffice.display import one_line, printable
 from postoffice.exceptions import DepotUnavailable, PostofficeError, TemporaryError
 from postoffice.intake.archive import Archive, Failure, local_day
-from postoffice.intake.commit import commit, give_up
+from postoffice.intake.commit import commit, give_up, lacks_room
 from postoffice.intake.reader import (
     SpoolFile,
     Unreadable,
@@ -72,6 +72,8 @@ BATCH = 100
 _BATCH_BYTES = 8 << 20
 # Batches that are read, or wait to be read, while one is stored.
 _AHEAD = 3
+# Of messages for which there is no room, before it is given up on all.
+_MOST_LEFT = 20
 _ATTEMPTS = 20
 # What is restarted is back by then.
 _AWAY_SECONDS = 10.0
@@ -227,6 +229,8 @@ class MaildirImport:
         self._clock = clock
         self._paths: dict[str, str] = {}
         self._set_aside_names: set[str] = set()
+        self._left = 0
+        self._no_room: DepotUnavailable | None = None
         self._between: Callable[[], None]
 
     def run(
@@ -242,6 +246,7 @@ class MaildirImport:
         :param between: is called between two transactions; a
             :exc:`~postoffice.exceptions.PostofficeError` that it raises ends the run.
         :raises DepotUnavailable: the database failed; what was not imported waits in the spool.
+            For want of room, that is raised at the end, when all was tried for which there is some.
         :raises OSError: the spool or the archive failed; likewise.
         """
         self._between = between
@@ -267,6 +272,8 @@ class MaildirImport:
             if progress is not None:
                 progress(done, total)
         self._clear_journal()
+        if self._no_room is not None:
+            raise self._no_room
         return self.outcome
 
     def _failed(self, retry: Callable[[Failure], bool]) -> list[SpoolFile]:
@@ -385,17 +392,22 @@ class MaildirImport:
             return
         try:
             self._deliver(prepared)
-        except (PostofficeError, OSError):
-            raise
+        except (PostofficeError, OSError) as error:
+            if not isinstance(error, DepotUnavailable) or not lacks_room(error):
+                raise
+            # It may be one that is too large, and the others shall not wait for it.
+            self._deliver_singly(prepared)
         except Exception as error:
-            # A defect of ours, which a message has brought out; the others shall not wait for it.
-            self._deliver_singly(prepared, error)
+            # A defect of ours, which a message has brought out; likewise.
+            log.error("a batch could not be stored: %r; each message is tried by itself", error)
+            self._deliver_singly(prepared)
 
-    def _deliver_singly(self, prepared: Sequence[Prepared], error: Exception) -> None:
-        log.error("a batch could not be stored: %r; each message is tried by itself", error)
+    def _deliver_singly(self, prepared: Sequence[Prepared]) -> None:
         for one in prepared:
             try:
                 self._deliver([one])
+            except DepotUnavailable as error:
+                self._leave(one, error)
             except (PostofficeError, OSError):
                 raise
             except Exception as reason:
@@ -403,6 +415,17 @@ class MaildirImport:
                 file = SpoolFile(path, one.source, values["arrived"], values["size"])
                 self._set_aside(file, f"{type(reason).__name__}: {one_line(reason)}")
         self._archive.sync()
+
+    def _leave(self, one: Prepared, error: DepotUnavailable) -> None:
+        """Leave a message in the spool for which there is no room, unless many are left already.
+
+        :raises DepotUnavailable: it is not for want of room, or there seems to be none at all.
+        """
+        self._left += 1
+        if not lacks_room(error) or self._left > _MOST_LEFT:
+            raise error
+        log.info("%s waits: %s", printable(one.source), one_line(error))
+        self._no_room = error
 
     def _deliver(self, prepared: list[Prepared]) -> None:
         names = self._store(prepared, local_day(self._clock() / 1e9))

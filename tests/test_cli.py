@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -562,7 +563,8 @@ def test_init_lays_out_what_works(tmp_path: Path) -> None:
         "zeo.conf",
     ]
     ini = str(folder / "postoffice.ini")
-    assert f"postoffice check -C {ini}" in result.stdout
+    for command in ("check", "serve", "import"):
+        assert f" postoffice -C {shlex.quote(ini)} {command}" in result.stdout
     for command in ("check", "import", "queues"):
         done = Site.run_alone(command, "-C", ini)
         assert (done.exit_code, done.stderr) == (0, ""), done.output

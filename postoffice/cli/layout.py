@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -85,6 +86,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _tell(folder: Path) -> None:
+    command = f"postoffice -C {shlex.quote(str(folder / 'postoffice.ini'))}"
     say(f"{folder} has now:")
     say("  postoffice.ini   the configuration, commented; two queues to start from")
     say("  Maildir          where mail can be delivered, and the archive")
@@ -95,9 +97,9 @@ def _tell(folder: Path) -> None:
     say("     Maildir  the mail server delivers there")
     say("     LMTP     it delivers to the place that lmtp = ... names")
     say("     pipe     it runs postoffice-deliver for each message")
-    say(f"  2. postoffice -C {folder}/postoffice.ini check")
-    say(f"  3. postoffice -C {folder}/postoffice.ini serve   does all the rest, as a service;")
-    say(f"     postoffice -C {folder}/postoffice.ini import  for who prefers cron, and a Maildir")
+    say(f"  2. {command} check")
+    say(f"  3. {command} serve   does all the rest, as a service;")
+    say(f"     {command} import  for who prefers cron, and a Maildir")
     if len(os.fsencode(f"{folder}/var/zeo.sock")) > _LONGEST_SOCKET:
         complain(
             f"{folder}/var/zeo.sock is too long for a socket's address; write a shorter one into "

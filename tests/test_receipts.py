@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,12 +15,16 @@ from pathlib import Path
 
 import pytest
 from transaction import TransactionManager
+from ZODB.POSException import ConflictError
+from zope.interface import implementer
 
+from postoffice.depot.history import CHUNK_BYTES
 from postoffice.depot.lane import LANES
 from postoffice.depot.receipts import RECEIPT_SECONDS, ReceiptIndex, Receipts
+from postoffice.interfaces import Event, IEventSink
 from postoffice.queue import Queue
-from tests.deposits import BILLING, QUEUES, SALES, SECOND, Counter
-from tests.depots import STORAGES, Depot, local_depot
+from tests.deposits import ANN, BILLING, QUEUES, SALES, SECOND, Counter
+from tests.depots import STORAGES, Depot, Seat, local_depot
 from tests.spools import EPOCH, Spool, large, mail
 from tests.zeo_server import ZeoServer
 
@@ -198,7 +205,7 @@ def test_an_index_of_its_own_additions() -> None:
     index = ReceiptIndex(Receipts(), LANES)
     index.begin()
     assert not index.seen(digest(1), NOW)
-    index.add(digest(1), NOW, 0)
+    index.add(digest(1), NOW)
     assert index.seen(digest(1), NOW)
     assert not index.seen(digest(2), NOW)
 
@@ -229,11 +236,11 @@ def test_the_index_is_the_log(local: Depot, seed: int) -> None:
         mine = set()
         for _ in range(chance.choice([1, 3, 40, 700])):
             number += 1
-            index.add(digest(number), NOW + number, which)
+            index.add(digest(number), NOW + number)
             mine.add(number)
         if chance.random() < 0.2:
             savepoint = manager.savepoint()
-            index.add(digest(-number), NOW + number, which)
+            index.add(digest(-number), NOW + number)
             savepoint.rollback()
             assert not index.seen(digest(-number), NOW)
         asked = chance.sample(range(1, number + 20), k=min(20, number))
@@ -254,6 +261,82 @@ def test_the_index_is_the_log(local: Depot, seed: int) -> None:
         connection.close()
 
 
+# The days on which each of two producers adds, by its own clock.
+DAYS = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("days", DAYS, ids=str)
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("count", [1, CHUNK_BYTES // 16], ids=["begun", "full"])
+def test_two_who_add_at_once(local: Depot, days: tuple[int, int], last: int, count: int) -> None:
+    """Of two transactions that overlap, the second meets a conflict, and then knows the first."""
+    one, two = local.seat(), local.seat()
+    one.begin()
+    one.folder.receipts = Receipts()
+    for day in range(last + 1):
+        for number in range(count):
+            one.folder.receipts.append(digest(-number), NOW + day * DAY, 0, RECEIPT_SECONDS)
+    one.commit()
+
+    def begun(seat: Seat) -> ReceiptIndex:
+        seat.begin()
+        receipts = seat.folder.receipts
+        assert receipts is not None
+        index = ReceiptIndex(receipts, LANES)
+        index.begin()
+        return index
+
+    indexes = [begun(seat) for seat in (one, two)]
+    for index, day in zip(indexes, days, strict=True):
+        assert not index.seen(digest(1), NOW)
+        index.add(digest(1), NOW + day * DAY)
+    one.commit()
+    with pytest.raises(ConflictError):
+        two.commit()
+    two.abort()
+    assert begun(two).seen(digest(1), NOW)
+
+
+@implementer(IEventSink)
+class Meanwhile:
+    """Has another process deliver the same message while a transaction stores it."""
+
+    def __init__(self, spool: Spool, raw: bytes) -> None:
+        """Prepare to."""
+        self._spool = spool
+        self._raw = raw
+        self.done: list[str] = []
+
+    def record(self, event: Event) -> None:
+        """Deliver it, the first time."""
+        if not self.done:
+            words = ["-C", str(self._spool.ini), "deliver", "-f", ANN, "--", BILLING]
+            ended = subprocess.run(
+                [sys.executable, "-m", "postoffice.cli", *words],
+                input=self._raw,
+                capture_output=True,
+                check=False,
+            )
+            self.done.append(f"{ended.returncode} {ended.stderr.decode()}")
+
+
+def test_the_same_message_by_two_processes_at_once(tmp_path: Path) -> None:
+    """A message that two processes store at the same time is there once, and both say so."""
+    with ZeoServer(tmp_path / "zeo", tmp_path / "z") as server:
+        spool = Spool(tmp_path / "site", queues=QUEUES, uri=server.uri(0))
+        raws = [mail(f"number {number}") for number in range(4)]
+        with Counter(spool) as first:
+            first.told(first.consignment(mail("before")))
+        for raw in raws:
+            meanwhile = Meanwhile(spool, raw)
+            with Counter(spool, now=time.time_ns(), event_sink=meanwhile) as counter:
+                told = counter.told(counter.consignment(raw))
+                assert meanwhile.done == ["0 "]
+                assert told == [[BEFORE]]
+        with Counter(spool) as last:
+            assert last.raws() == [mail("before"), *raws]
+
+
 def test_a_limit(caplog: pytest.LogCaptureFixture) -> None:
     """Beyond the most receipts the oldest day goes early, with a warning, from the index too."""
     receipts = Receipts()
@@ -262,7 +345,7 @@ def test_a_limit(caplog: pytest.LogCaptureFixture) -> None:
     for day in range(4):
         index.begin()
         for number in range(1100):
-            index.add(digest(day * 10_000 + number), NOW + day * DAY, 0)
+            index.add(digest(day * 10_000 + number), NOW + day * DAY)
     index.begin()
     assert "of the oldest go early" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
@@ -282,7 +365,7 @@ def test_it_takes_little_memory() -> None:
         index.begin()
         read = tracemalloc.get_traced_memory()[0]
         for number in range(20_000, 30_000):
-            index.add(digest(number), NOW + 600_000, 0)
+            index.add(digest(number), NOW + 600_000)
             if number % 50 == 0:
                 index.begin()
         index.begin()
@@ -304,7 +387,7 @@ def test_every_storage_keeps_receipts(tmp_path: Path, name: str) -> None:
         one.folder.receipts = receipts = Receipts()
         index = ReceiptIndex(receipts, LANES)
         index.begin()
-        index.add(digest(1), NOW, 0)
+        index.add(digest(1), NOW)
         one.commit()
         two.begin()
         other = two.folder.receipts

@@ -2,6 +2,11 @@
 
 Who delivers a message and does not hear that we have it sends it again, for days.  A receipt for
 each recipient, written by the transaction that stores the message, tells that it is here.
+
+The same message may come by two processes at a time: a mail server that is started again does not
+wait for the command that it had run.  Neither sees the other's receipt, so all receipts are written
+to the same chunk: of two transactions that overlap, one meets a conflict, and on being run again it
+finds the receipt of the other.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ import sys
 from array import array
 from bisect import bisect_left
 
-from postoffice.depot.history import HistoryIndex, HistoryLog
+from postoffice.depot.history import Chunk, HistoryIndex, HistoryLog
 
 __all__ = ["RECEIPT_SECONDS", "ReceiptIndex", "Receipts"]
 
 RECEIPT_SECONDS = 7 * 24 * 60 * 60
+# Of all producers: see above.
+_LANE = 0
 _WIDTH = 16
 _KEY = 8
 _MOST_LOOSE = 4096
@@ -31,6 +38,29 @@ class Receipts(HistoryLog):
     def __init__(self) -> None:
         """Make an empty log."""
         super().__init__(_WIDTH, slot_seconds=24 * 60 * 60, limit=1_000_000)
+
+    def append(self, record: bytes, seconds: int, lane: int, keep: int) -> tuple[int, int, int]:
+        """See :meth:`postoffice.depot.history.HistoryLog.append`."""
+        if self.slot_at(seconds) + 1 in self.slots:
+            # Whose clock is behind writes to where the others do.
+            seconds += self.slot_seconds
+        number, key, offset = place = super().append(record, seconds, lane, keep)
+        if not offset:
+            # Others may write to the chunk before, or begin another one behind it, as at midnight:
+            # they shall meet a conflict too.
+            before = self._before(number, key)
+            if before is not None:
+                before._p_changed = True
+        return place
+
+    def _before(self, number: int, key: int) -> Chunk | None:
+        """Return the chunk before the one with this key in this slot, for the same lane."""
+        chunk: Chunk | None = self.slots[number].get(key - 1)
+        if chunk is None:
+            for earlier in [one for one in self.numbers() if one < number][-1:]:
+                for _, chunk in self.tails(earlier, _LANE + 1):
+                    return chunk
+        return chunk
 
 
 class ReceiptIndex(HistoryIndex):
@@ -73,12 +103,14 @@ class ReceiptIndex(HistoryIndex):
                 return True
         return next(self._pended(digest, slice(0, _WIDTH)), None) is not None
 
-    def add(self, digest: bytes, seconds: int, lane: int) -> None:
+    def add(self, digest: bytes, seconds: int) -> None:
         """Write a receipt; undone when the transaction aborts.
+
+        Whoever does so at the same time, for whatever message, meets a conflict, or this does.
 
         :param seconds: the time now, in seconds since the epoch.
         """
-        self._remember(digest, self.history.append(digest, seconds, lane, RECEIPT_SECONDS))
+        self._remember(digest, self.history.append(digest, seconds, _LANE, RECEIPT_SECONDS))
 
     def _take(self, number: int, data: bytes) -> None:
         keys = array("Q", data)[:: _WIDTH // _KEY]

@@ -26,7 +26,6 @@ from ZODB.POSException import ConflictError, POSError
 
 from postoffice.delivery import Intake, Prepared, Result
 from postoffice.depot.folder import QueuesFolder
-from postoffice.depot.ids import producer_number
 from postoffice.depot.lane import LANES
 from postoffice.depot.receipts import ReceiptIndex, Receipts
 from postoffice.display import one_line, printable
@@ -202,7 +201,7 @@ class Deposit:
                 if outcome is not _KNOWN and not (
                     isinstance(outcome, Result) and self._is_refused(outcome.decision)
                 ):
-                    index.add(receipt, now // 1_000_000_000, producer_number() % LANES)
+                    index.add(receipt, now // 1_000_000_000)
         return outcomes
 
     def _place(self, prepared: Prepared, day: date) -> str:

@@ -205,6 +205,7 @@ class Listener:
         """Decide on a recipient; one that cannot be decided on is deferred."""
         try:
             return self._accept(sender, recipient)
+        # Whatever it is, it is this recipient's alone, and may be over when the client comes again.
         except Exception:
             log.exception("whether to accept a recipient cannot be decided")
             return _FAILURE
@@ -248,6 +249,7 @@ class Listener:
             return
         try:
             session.answer(_replies(delivery, len(message.begin.recipients)))
+        # Without an answer the client sends it again, and it is known by its receipt.
         except Exception:
             log.exception("lmtp: a client cannot be told what became of its message")
             session.abort()
